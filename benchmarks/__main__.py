@@ -1,0 +1,28 @@
+"""python -m benchmarks: prints the table and writes results/benchmarks.json."""
+
+import json
+from pathlib import Path
+
+from benchmarks import import_time, training_loop
+from companion import devices, measure
+
+
+def main() -> None:
+    devices.set_threads()
+    print(devices.describe(), flush=True)
+    rows = []
+    for benchmark in (import_time, training_loop):
+        for row in benchmark.measure_all():
+            rows.append(row)
+            print(
+                f"\n{row['what']}\n" + "\n".join(f"  {name:28} {value}" for name, value in row.items() if name != "what"),
+                flush=True,
+            )
+    path = Path("results", "benchmarks.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"environment": measure.environment(), "rows": rows}, indent=1) + "\n")
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""training.fit on CIFAR-10-shaped data against the usual DataLoader loop and against compute alone: LeNet5, SGD, float32.
+
+All three do the same arithmetic at the same batch size. Compute alone trains on one batch that is already there: no loop
+with data can be faster.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from companion import data, devices, measure, models, training
+
+AUGMENT = data.Augment(shift=4, flip=True)
+SAMPLES = 8192
+
+
+class PerSample(Dataset):
+    """Images as files hold them, transformed one at a time as most tutorials do."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
+        self.images, self.labels = images.permute(0, 2, 3, 1).numpy(), labels
+        self.transform = transforms.Compose(
+            [
+                transforms.ToPILImage(),
+                transforms.RandomCrop(32, padding=AUGMENT.shift, padding_mode="edge"),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return self.transform(self.images[index]), self.labels[index]
+
+
+def runs(batch_size: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """One epoch in each of the three ways, ready to be called again and again."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (SAMPLES, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (SAMPLES,), generator=generator)
+    train = data.Split(pixels.float() / 255 - 0.5, labels)
+    splits = data.Splits("random", train, train, train, tuple("0123456789"), torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    recipe = training.Recipe(1, batch_size, 0.01, "sgd", schedule="constant", augment=AUGMENT)
+    loader = DataLoader(PerSample(pixels, labels), batch_size, shuffle=True, drop_last=True)
+    batches = data.Batches(train, batch_size, device, AUGMENT, drop_last=True)
+    networks = [models.LeNet5().to(device) for _ in range(3)]
+    optimizer = training.make_optimizer(networks[2], recipe)
+    image, label = (tensor[:batch_size].to(device) for tensor in train)
+
+    def fit(network: torch.nn.Module, source) -> None:
+        training.fit(network, splits, recipe, device=device, batches=source, validate=False, progress=False)
+
+    def compute_alone() -> None:
+        for _ in range(SAMPLES // batch_size):
+            training.plain_step(networks[2], image, label, F.cross_entropy, optimizer)
+
+    return {
+        "DataLoader": lambda: fit(networks[0], loader),
+        "companion": lambda: fit(networks[1], batches),
+        "compute alone": compute_alone,
+    }
+
+
+def measure_all(rounds: int = 9) -> list[dict]:
+    """A row for each batch size: samples/s of the three ways (medians), and the two ratios (medians round by round)."""
+    device = devices.select("cpu")
+    rows = []
+    for batch_size in (64, 256):
+        start = time.perf_counter()
+        times = measure.compare(runs(batch_size, device), device, rounds)
+        samples = SAMPLES // batch_size * batch_size
+        row = {"what": f"training loop, batch {batch_size}"}
+        row |= {f"{name} (samples/s)": round(samples / sorted(series)[len(series) // 2]) for name, series in times.items()}
+        row["against the DataLoader"] = round(measure.ratio(times["DataLoader"], times["companion"]), 2)
+        row["of compute alone"] = round(measure.ratio(times["compute alone"], times["companion"]), 3)
+        row["seconds"] = round(time.perf_counter() - start, 1)
+        rows.append(row)
+    return rows

@@ -1,0 +1,19 @@
+"""What the notebooks of this suite share. Importing it is cheap: modules load on first use."""
+
+import importlib
+
+MODULES = ("data", "devices", "measure", "models", "plots", "runner", "scoreboard", "training")
+
+
+def __getattr__(name: str):
+    if name in MODULES:
+        return importlib.import_module(f"companion.{name}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("accelerating-pytorch")
+    raise AttributeError(f"module 'companion' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *MODULES, "__version__"])

@@ -1,0 +1,108 @@
+"""Command line: python -m companion list | run | doctor | store."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from companion import runner
+
+
+def _headline(notebook: Path) -> tuple[str, dict]:
+    """The notebook's question, its first line of text, and what its metadata says of its needs."""
+    import nbformat
+
+    read = nbformat.read(notebook, 4)
+    return read.cells[0].source.splitlines()[0].lstrip("# "), read.metadata.get("companion", {})
+
+
+def list_notebooks(arguments: argparse.Namespace) -> int:
+    """Each notebook with its question, and its parameters with type, default and meaning."""
+    for notebook in runner.find(arguments.names, arguments.notebooks):
+        print(f"{notebook.stem}: {_headline(notebook)[0]}")
+        for name, about in runner.parameters(notebook).items():
+            print(f"    {name + ': ' + about['inferred_type_name']:24}= {about['default']:20} {about['help']}")
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs notebooks into results/<time>/; 1 if any failed."""
+    fixed = dict(arguments.parameter)
+    if wrong := [item for item in arguments.sweep if "=" not in item]:
+        raise ValueError(f"--sweep {wrong[0]} is not of the form name=first,second")
+    sweeps = {name: values.split(",") for name, values in (item.split("=", 1) for item in arguments.sweep)}
+    jobs = runner.plan(runner.find(arguments.names, arguments.notebooks), fixed, sweeps)
+    folder, failed = arguments.output or Path("results", time.strftime("%Y-%m-%d-%H%M%S")), 0
+    for outcome in runner.run(jobs, folder, arguments.jobs):
+        failed += outcome.error is not None
+        print(
+            f"{outcome.job.name:40} {outcome.seconds:6.0f} s  {'failed: ' + outcome.error if outcome.error else 'passed'}",
+            flush=True,
+        )
+    print(f"{len(jobs) - failed} passed, {failed} failed; report: {folder / runner.REPORT}")
+    return int(failed > 0)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """What this machine is, and for each notebook what runs at full strength here and what does not, and why."""
+    from companion import devices
+
+    print(devices.describe(), end="\n\n")
+    for notebook in runner.find(arguments.names, arguments.notebooks):
+        missing = [f"{what}: {reason}" for what in _headline(notebook)[1].get("uses", []) if (reason := devices.why_not(what))]
+        print(f"{notebook.stem:24} {'without ' + '; '.join(missing) if missing else 'full strength'}")
+    return 0
+
+
+def store(arguments: argparse.Namespace) -> int:
+    """Runs notebooks at their defaults and keeps the outputs in them; 1 if any failed."""
+    import tempfile
+
+    failed = 0
+    for notebook in runner.find(arguments.names, arguments.notebooks):
+        with tempfile.TemporaryDirectory() as folder:
+            error = runner.store(notebook, Path(folder))
+        failed += error is not None
+        print(f"{notebook.stem}: {'failed: ' + error if error else 'stored'}", flush=True)
+    return int(failed > 0)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m companion", description="Runs the notebooks and tells what can run here.")
+    commands = parser.add_subparsers(required=True)
+    for command, name in ((list_notebooks, "list"), (run, "run"), (doctor, "doctor"), (store, "store")):
+        sub = commands.add_parser(name, help=command.__doc__.splitlines()[0], description=command.__doc__)
+        sub.set_defaults(command=command)
+        sub.add_argument("names", nargs="*", help="numbers or names, such as 03 or 03_ddp; all if none is given")
+        sub.add_argument("--notebooks", type=Path, default=runner.NOTEBOOKS, help="folder they are in (notebooks)")
+        if command is run:
+            sub.add_argument(
+                "-p",
+                "--parameter",
+                nargs=2,
+                action="append",
+                default=[],
+                metavar=("NAME", "VALUE"),
+                help="set a parameter",
+            )
+            sub.add_argument(
+                "--sweep",
+                action="append",
+                default=[],
+                metavar="NAME=A,B",
+                help="run once for each value (several: each combination)",
+            )
+            sub.add_argument("--jobs", type=int, default=1, help="notebooks at once (1)")
+            sub.add_argument("--output", type=Path, help="folder for what is made (results/<time>)")
+    arguments = parser.parse_args(words)
+    if getattr(arguments, "jobs", 1) < 1:
+        parser.error(f"--jobs {arguments.jobs} must be at least 1")
+    try:
+        return arguments.command(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Networks that the notebooks train, and a factory that finds them, or a user's own, by name."""
+
+import difflib
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class LeNet5(nn.Module):
+    """LeNet5 for images `[N, 3, 32, 32]`, giving logits `[N, classes]`; two hidden layers of `nodes_1` and `nodes_2` units.
+
+    Source: LeCun et al. 1998, with ReLU and max pooling.
+    """
+
+    def __init__(self, nodes_1: int = 120, nodes_2: int = 84, classes: int = 10, channels: int = 3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.pool = nn.MaxPool2d(2)
+        self.relu = nn.ReLU()
+        self.fc1 = nn.Linear(16 * 5 * 5, nodes_1)
+        self.fc2 = nn.Linear(nodes_1, nodes_2)
+        self.fc3 = nn.Linear(nodes_2, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(self.relu(self.conv1(x)))  # [N, 6, 14, 14]
+        x = self.pool(self.relu(self.conv2(x)))  # [N, 16, 5, 5]
+        x = self.relu(self.fc1(x.flatten(1)))  # [N, nodes_1]
+        return self.fc3(self.relu(self.fc2(x)))  # [N, classes]
+
+
+def resnet18(classes: int = 10) -> nn.Module:
+    """torchvision's ResNet-18 with the stem for small images `[N, 3, 32, 32]`: a 3x3 convolution of stride 1, no pooling.
+
+    Source: He et al. 2015, section 4.2 (CIFAR-10).
+    """
+    import torchvision
+
+    model = torchvision.models.resnet18(num_classes=classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+class AlexNet(nn.Module):
+    """AlexNet sized for images `[N, 3, 64, 64]`, in the three parts of torchvision's: `features`, `avgpool`, `classifier`.
+
+    `width` scales the channels. Source: Krizhevsky 2014, "One weird trick".
+    """
+
+    def __init__(self, classes: int = 10, width: float = 1.0, hidden: int = 512):
+        super().__init__()
+        c1, c2, c3, c4 = (max(1, int(channels * width)) for channels in (64, 192, 384, 256))
+        self.features = nn.Sequential(
+            nn.Conv2d(3, c1, 5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(c1, c2, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(c2, c3, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(c3, c4, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(c4, c4, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d((4, 4))
+        self.classifier = nn.Sequential(
+            nn.Dropout(),
+            nn.Linear(c4 * 4 * 4, hidden),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, classes),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"lenet5": LeNet5, "resnet18": resnet18, "alexnet": AlexNet}
+
+
+def create(name: str, **options) -> nn.Module:
+    """A new model by name: one of `MODELS`, or "package.module:function" for one of your own; `options` go to its maker.
+
+    Raises ValueError when there is no such model or function, TypeError when it makes no `nn.Module`.
+    """
+    if ":" not in name:
+        if name not in MODELS:
+            near = difflib.get_close_matches(name.lower(), MODELS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown model {name!r}: use one of {', '.join(MODELS)} or 'package.module:function'{hint}")
+        return MODELS[name](**options)
+    module_name, _, function_name = name.partition(":")
+    try:
+        maker = getattr(importlib.import_module(module_name), function_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"cannot make model {name!r}: {error}") from error
+    except AttributeError as error:
+        raise ValueError(f"cannot make model {name!r}: {module_name} has no {function_name!r}") from error
+    model = maker(**options)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} gave a {type(model).__name__}, not a torch.nn.Module")
+    return model

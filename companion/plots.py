@@ -1,0 +1,152 @@
+"""The figures of all notebooks, in one look. Each function gives a Figure, which shows as the last line of a notebook's cell."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from companion.data import Split, Splits
+from companion.training import History
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart; a white ground reads in dark themes too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
+STYLE = {
+    "figure.facecolor": "white",
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "font.size": 10,
+}
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draws in the suite's look, and leaves the figure to be shown once, as the last value of a cell."""
+
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs) -> Figure:
+        with plt.rc_context(STYLE):
+            figure = draw(*args, **kwargs)
+        plt.close(figure)
+        return figure
+
+    return drawn
+
+
+def _axes(columns: int = 1, width: float = 8, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    drawn, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
+    return drawn, list(axes[0])
+
+
+@styled
+def images(splits: Splits, split: Split, count: int = 20, guesses: torch.Tensor | None = None) -> Figure:
+    """The first `count` images of a split with their labels; with `guesses` `[N]`, what the model took them for."""
+    columns = min(10, count)
+    rows = -(-count // columns)
+    drawn, axes = plt.subplots(rows, columns, figsize=(0.85 * columns, 1.05 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, axis in zip(range(min(count, len(split.labels))), axes.flat, strict=False):
+        axis.imshow((split.images[i] * splits.std + splits.mean).clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
+        title = splits.classes[split.labels[i]]
+        axis.set_title(title if guesses is None else f"{title}, not {splits.classes[guesses[i]]}", fontsize=9)
+    return drawn
+
+
+@styled
+def learning_curves(histories: dict[str, History]) -> Figure:
+    """Loss and validation accuracy by epoch, of one or several trainings."""
+    drawn, (left, right) = _axes(2)
+    for (name, history), colour in zip(histories.items(), COLOURS * len(histories), strict=False):
+        epochs = range(1, len(history.train_loss) + 1)
+        left.plot(epochs, history.train_loss, color=colour, label=f"{name}, training")
+        if history.val_loss:
+            left.plot(epochs, history.val_loss, "--", color=colour, label=f"{name}, validation")
+            right.plot(epochs, [100 * accuracy for accuracy in history.val_accuracy], color=colour, label=name)
+    left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
+    right.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    left.legend(fontsize=8)
+    if len(histories) > 1:
+        right.legend(fontsize=8)
+    return drawn
+
+
+@styled
+def confusion(labels: torch.Tensor, guesses: torch.Tensor, classes: Sequence[str]) -> Figure:
+    """How many images of each true class were taken for each class; the diagonal, which is right, is left pale."""
+    counts = torch.bincount(labels * len(classes) + guesses, minlength=len(classes) ** 2).view(len(classes), -1)
+    wrong = counts.clone().fill_diagonal_(0)
+    drawn, (axis,) = _axes(1, 4.6, 4.2)
+    axis.grid(False)
+    axis.imshow(wrong, cmap="Oranges", vmin=0, vmax=max(1, int(wrong.max()) * 2))
+    for row in range(len(classes)):
+        for column in range(len(classes)):
+            if counts[row, column]:
+                axis.text(
+                    column,
+                    row,
+                    int(counts[row, column]),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="grey" if row == column else "black",
+                )
+    ticks = range(len(classes))
+    axis.set(xlabel="taken for", ylabel="is", xticks=ticks, yticks=ticks)
+    axis.set_xticklabels(classes, rotation=0 if len(max(classes, key=len)) < 3 else 90)
+    axis.set_yticklabels(classes)
+    return drawn
+
+
+@styled
+def breakdown(parts: dict[str, dict[str, float]], unit: str = "ms", scale: float = 1e3) -> Figure:
+    """One stacked bar for each entry of `parts`: seconds by name of the part, drawn as seconds * `scale` in `unit`."""
+    drawn, (axis,) = _axes(1, 8, 0.9 + 0.55 * len(parts))
+    names = list(dict.fromkeys(name for seconds in parts.values() for name in seconds))
+    left = [0.0] * len(parts)
+    for name, colour in zip(names, COLOURS, strict=False):
+        widths = [seconds.get(name, 0.0) * scale for seconds in parts.values()]
+        axis.barh(list(parts), widths, left=left, color=colour, label=name, height=0.6)
+        for row, width in enumerate(widths):
+            if width > 0.06 * max(sum(seconds.values()) for seconds in parts.values()) * scale:
+                axis.text(left[row] + width / 2, row, f"{width:.2g}", ha="center", va="center", fontsize=9, color="white")
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set(xlabel=f"time of a step ({unit})")
+    drawn.legend(loc="outside upper center", ncols=len(names), fontsize=9)
+    return drawn
+
+
+@styled
+def ladder(rungs: dict[str, tuple[float, float]], kept: Sequence[str], limits: dict[str, float]) -> Figure:
+    """Samples per second (bars) and test accuracy from 0 to 1 (points) of each rung; those not in `kept` are grey.
+
+    `limits` are samples per second that theory or a bare computation allows, drawn as dashed lines.
+    """
+    drawn, (left, right) = _axes(2, 9, 1.1 + 0.38 * len(rungs))
+    names = list(rungs)
+    speeds, accuracies = zip(*rungs.values(), strict=True)
+    colours = [COLOURS[0] if name in kept else COLOURS[6] for name in names]
+    bars = left.barh(names, speeds, color=colours, height=0.65)
+    left.bar_label(bars, [f"{speed / speeds[0]:.1f}x" for speed in speeds], label_type="center", color="white", fontsize=9)
+    for (name, limit), colour in zip(limits.items(), COLOURS[1:], strict=False):
+        left.axvline(limit, linestyle="--", color=colour, label=name)
+    left.set(xlabel="training samples per second (grey: not kept)", xlim=(0, 1.08 * max(*speeds, *limits.values())))
+    left.xaxis.set_major_formatter(EngFormatter(sep=""))
+    right.scatter([100 * accuracy for accuracy in accuracies], names, color=colours)
+    right.set(xlabel="test accuracy (%), same number of samples", yticklabels=[])
+    for axis in (left, right):
+        axis.invert_yaxis()
+        axis.grid(axis="y", visible=axis is right)
+    drawn.legend(loc="outside upper center", ncols=len(limits), fontsize=9)
+    return drawn

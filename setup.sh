@@ -1,0 +1,35 @@
+#!/bin/sh
+# Makes .venv with the reference stack, this package and the Jupyter kernel. Called by make; needs Python 3.11-3.13.
+set -eu
+cd "$(dirname "$0")"
+
+python=
+for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+if [ -z "$python" ]; then
+    echo "error: no Python 3.11, 3.12 or 3.13 was found; install one, or name it: make PYTHON=/its/path" >&2
+    exit 1
+fi
+
+rm -rf .venv
+if ! "$python" -m venv .venv; then
+    echo "error: '$python -m venv' failed; on Debian and Ubuntu install python3-venv" >&2
+    exit 1
+fi
+
+mkdir -p .venv/var  # where the Makefile sends what Jupyter, IPython and matplotlib would write to the home folder
+echo "Installing the reference stack into .venv (about 8 GB on Linux, some minutes) ..."
+wanted='.[notebooks,dev,xla]'
+if .venv/bin/python -m pip install --quiet --disable-pip-version-check uv &&
+    .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable "$wanted"; then
+    :
+else
+    echo "uv could not do it; falling back to pip ..." >&2
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable "$wanted"
+fi
+.venv/bin/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (accelerating-pytorch)" >/dev/null
+touch .venv/.ready

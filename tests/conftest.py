@@ -1,0 +1,32 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from companion import data
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def root(monkeypatch) -> Path:
+    """The project's folder, as the working directory."""
+    monkeypatch.chdir(ROOT)
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def digits() -> data.Splits:
+    return data.load("digits")
+
+
+@pytest.fixture(autouse=True)
+def _same_threads():
+    """Each test starts with one thread: results that must be equal bit for bit depend on their number."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def python() -> list[str]:
+    return [sys.executable]

@@ -1,0 +1,52 @@
+import io
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from PIL import Image
+
+from companion import plots, training
+
+HISTORY = training.History([2.0, 1.0], [1.5, 0.9], [0.5, 0.8], [0.1, 0.1], [1.0, 1.0], [10, 10])
+
+
+@pytest.fixture
+def figures(digits):
+    guesses = digits.test.labels.clone()
+    guesses[:5] = (guesses[:5] + 1) % 10
+    return {
+        "images": plots.images(digits, digits.train, 13),
+        "guesses": plots.images(digits, digits.test, 3, guesses),
+        "curves": plots.learning_curves({"one": HISTORY, "two": training.History([2.0])}),
+        "confusion": plots.confusion(digits.test.labels, guesses, digits.classes),
+        "breakdown": plots.breakdown({"plain": {"data": 3e-3, "forward": 1e-3}, "fast": {"data": 1e-4, "forward": 1e-3}}),
+        "ladder": plots.ladder({"plain": (1000.0, 0.9), "fast": (4000.0, 0.8)}, ["plain"], {"limit": 5000.0}),
+    }
+
+
+def test_each_figure_draws_and_is_shown_by_nobody_else(figures):
+    assert plt.get_fignums() == []
+    for name, figure in figures.items():
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        image = Image.open(file).convert("RGB")
+        assert image.getpixel((0, 0)) == (255, 255, 255), f"{name} has no white ground and cannot be read in a dark theme"
+        assert len(image.getcolors(1_000_000)) > 5, f"{name} is empty"
+
+
+def test_axes_have_labels(figures):
+    for name in ("curves", "confusion", "breakdown", "ladder"):
+        assert all(axis.get_xlabel() for axis in figures[name].axes), name
+
+
+def test_the_confusion_counts(figures, digits):
+    texts = {text.get_text() for text in figures["confusion"].axes[0].texts}
+    counts = torch.bincount(digits.test.labels)
+    assert "1" in texts
+    assert str(int(counts.max())) in texts
+
+
+def test_the_look_does_not_leak():
+    before = dict(plt.rcParams)
+    plots.learning_curves({"one": HISTORY})
+    assert dict(plt.rcParams) == before

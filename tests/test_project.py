@@ -1,0 +1,159 @@
+"""The project's files say the same thing, and a fresh machine can use them."""
+
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+from importlib.metadata import version
+
+import pytest
+import yaml
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = {extra: [Requirement(text) for text in texts] for extra, texts in PROJECT["optional-dependencies"].items()}
+CORE = [Requirement(text) for text in PROJECT["dependencies"]]
+CONSTRAINTS = [
+    Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")
+]
+
+
+def pins(name: str) -> list[Requirement]:
+    return [pin for pin in CONSTRAINTS if canonicalize_name(pin.name) == canonicalize_name(name)]
+
+
+def pinned(name: str) -> str:
+    (pin,) = pins(name)
+    return str(pin.specifier).removeprefix("==")
+
+
+def test_the_reference_stack_is_the_one_that_fits_together():
+    assert [pinned(name) for name in ("torch", "torchvision", "torch_xla", "torchao")] == ["2.9.0", "0.24.0", "2.9.0", "0.15.0"]
+
+
+def test_every_requirement_is_pinned_within_its_bounds():
+    assert set(EXTRAS) == {"xla", "tune", "compress", "preflight", "notebooks", "dev"}
+    for requirement in (*CORE, *(r for extra in EXTRAS.values() for r in extra)):
+        assert pins(requirement.name), f"{requirement.name} is not in constraints.txt"
+        for pin in pins(requirement.name):
+            (exact,) = pin.specifier
+            assert exact.operator == "=="
+            assert requirement.specifier.contains(exact.version), f"{pin} is outside {requirement}"
+
+
+def test_bounds_are_loose_and_the_name_is_not_a_strangers():
+    bounds = {requirement.name: str(requirement.specifier) for requirement in CORE}
+    assert bounds["torch"] == ">=2.9"
+    assert bounds["torchvision"] == ">=0.24"
+    assert PROJECT["requires-python"] == ">=3.11"
+    assert PROJECT["name"] != "companion"
+
+
+def test_no_file_holds_the_address_of_a_package_index():
+    for name in ("constraints.txt", "pyproject.toml", "environment.yml", "setup.sh", "Makefile"):
+        assert not re.search(r"pypi\.org|pythonhosted|index-url|find-links", (ROOT / name).read_text()), name
+
+
+def test_what_is_installed_is_the_reference_stack():
+    for name in ("torch", "torchvision", "numpy", "jupyterlab", "papermill", "nbval"):
+        assert version(name) == pinned(name)
+
+
+def test_conda_names_the_same_stack():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python, pip, packages = environment["dependencies"]
+    assert pip == "pip"
+    assert packages["pip"] == ["--constraint constraints.txt", "--editable .[notebooks,dev,xla]"]
+    assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(python.removeprefix("python="))
+    assert environment["name"] == PROJECT["name"]
+    assert "wanted='.[notebooks,dev,xla]'" in (ROOT / "setup.sh").read_text()
+
+
+def test_binder_names_the_same_stack_for_cpu():
+    lines = [line for line in (ROOT / "binder/requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert "--constraint ../constraints.txt" in lines
+    assert f"torch=={pinned('torch')}+cpu" in lines
+    assert f"torchvision=={pinned('torchvision')}+cpu" in lines
+    assert lines[-1] == ".[notebooks]"
+    python = (ROOT / "binder/runtime.txt").read_text().strip().removeprefix("python-")
+    assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(python)
+
+
+def test_repo2docker_understands_binder(tmp_path, python):
+    shutil.copytree(ROOT / "binder", tmp_path / "binder")
+    for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = [*python, "-m", "repo2docker", "--no-build", "--debug", str(tmp_path)]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    dockerfile = made.stdout + made.stderr
+    assert "FROM " in dockerfile
+    copied, installed = dockerfile.rfind("COPY --chown"), dockerfile.find("pip install --no-cache-dir -r")
+    assert installed > 0, "Binder would not install binder/requirements.txt"
+    assert "binder/requirements.txt" in dockerfile
+    assert dockerfile.find("src/ ${REPO_DIR}") < installed, "the package would be installed before it is copied"
+    assert copied > 0
+
+
+def test_installing_beside_an_existing_torch_changes_nothing(python, tmp_path):
+    command = ["-m", "pip", "install", "--dry-run", "--quiet", "--no-build-isolation", "--report", str(tmp_path / "report.json")]
+    copy = tmp_path / "project"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "results", "data", "build", "*.egg-info"))
+    subprocess.run([*python, *command, str(copy)], check=True, cwd=tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [entry["metadata"]["name"] for entry in report["install"]] == [PROJECT["name"]]
+
+
+COLAB = {"torch": "2.9.0+cpu", "torchvision": "0.24.0+cpu", "numpy": "2.0.2", "matplotlib": "3.10.0", "scikit-learn": "1.6.1"}
+
+
+@pytest.mark.parametrize("name", COLAB)
+def test_colabs_versions_satisfy_the_package(name):
+    (requirement,) = (r for r in CORE if r.name == name)
+    assert requirement.specifier.contains(COLAB[name])
+
+
+def test_importing_the_companion_imports_nothing_heavy(python, root):
+    code = (
+        "import sys; before = set(sys.modules); import companion; new = set(sys.modules) - before;"
+        "assert not {'torch', 'numpy', 'matplotlib'} & new; assert len(new) < 10, new"
+    )
+    subprocess.run([*python, "-c", code], check=True, cwd=root)
+
+
+def test_the_companion_gives_its_modules_and_version():
+    import companion
+
+    assert companion.__version__ == PROJECT["version"]
+    assert set(companion.MODULES) <= set(dir(companion))
+    assert all(getattr(companion, name).__name__ == f"companion.{name}" for name in companion.MODULES)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        companion.nonsense  # noqa: B018
+
+
+def test_the_companion_stays_small():
+    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "companion").glob("*.py")}
+    assert max(lines.values()) <= 300, lines
+    assert sum(lines.values()) <= 4000
+
+
+def test_imports_run_downward_only():
+    floors = [{"devices", "data", "models"}, {"training", "measure", "plots"}, {"scoreboard"}, {"runner"}, {"__main__"}]
+    floor = {name: number for number, names in enumerate(floors) for name in names}
+    for path in (ROOT / "companion").glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        found = re.findall(r"from companion import (.+)|from companion\.(\w+) import", path.read_text())
+        for name in {name.strip() for several, one in found for name in (several or one).split(",")}:
+            assert floor[name] <= floor[path.stem], f"{path.stem} imports {name}, which is above it"
+
+
+def test_citation_and_licence():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    assert citation["repository-code"] == PROJECT["urls"]["Repository"]
+    assert "Apache License" in (ROOT / "LICENSE").read_text()

@@ -1,0 +1,159 @@
+import json
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from companion import __main__ as cli
+from companion import runner, scoreboard
+
+PARAMETERS = """epochs: int = 3  # passes over the data
+learning_rate: float = 0.1  # of the optimizer
+dataset: str = "digits"  # what to learn
+deep: bool = False  # more layers
+results_dir: str = "results"  # where rows go"""
+
+
+def write(folder, name, *code):
+    cells = [new_markdown_cell(f"# The question of {name}?"), new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    cells += [new_code_cell(source) for source in code]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    folder = tmp_path / "note books"
+    folder.mkdir()
+    write(folder, "00_works", "print(epochs, type(learning_rate).__name__, dataset)")
+    write(folder, "01_fails", "raise RuntimeError('this one fails')")
+    write(
+        folder, "02_records", "from companion import scoreboard\nscoreboard.record(results_dir, '02', 'x', {'a': (epochs, 's')});"
+    )
+    return folder
+
+
+def call(notebooks, *words) -> int:
+    return cli.main([words[0], "--notebooks", str(notebooks), *words[1:]])
+
+
+def test_a_failing_notebook_stops_no_other_and_the_exit_code_says_so(notebooks, tmp_path, capfd):
+    out = tmp_path / "out put"
+    assert call(notebooks, "run", "--jobs", "2", "--output", str(out), "-p", "epochs", "7") == 1
+    printed = capfd.readouterr().out
+    assert "01_fails" in printed
+    assert "failed: RuntimeError: this one fails" in printed
+    assert "2 passed, 1 failed" in printed
+    executed = nbformat.read(out / "00_works.ipynb", 4)
+    assert executed.cells[-1].outputs[0].text == "7 float digits\n"
+    assert "papermill" not in executed.metadata
+    assert [row["metrics"]["a"]["value"] for row in scoreboard.read(out)] == [7]
+    page = (out / "index.html").read_text()
+    assert "3 notebooks run, 1 failed" in page
+    assert "failed: RuntimeError: this one fails" in page
+    assert "a 7 s" in page
+    for name in ("00_works", "01_fails", "02_records"):
+        assert f"<a href='{name}.html'>" in page
+        assert (out / f"{name}.html").stat().st_size > 1000
+
+
+def test_success_is_exit_code_0_and_each_combination_of_a_sweep_runs(notebooks, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert call(notebooks, "run", "00", "--sweep", "epochs=1,2", "--sweep", "dataset=a,b/c", "--output", str(out)) == 0
+    printed = [nbformat.read(path, 4).cells[-1].outputs[0].text for path in sorted(out.glob("*.ipynb"))]
+    assert printed == ["1 float a\n", "1 float b/c\n", "2 float a\n", "2 float b/c\n"]
+
+
+def test_a_dead_kernel_is_a_failure_like_any_other(notebooks, tmp_path, capfd):
+    write(notebooks, "03_dies", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert call(notebooks, "run", "03", "00", "--output", str(tmp_path / "out")) == 1
+    assert "1 passed, 1 failed" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-p", "epoch", "3"], "00_works has no parameter 'epoch'; did you mean 'epochs'?"),
+        (["-p", "epochs", "three"], "00_works: epochs=three is not of type int, as its default 3 is"),
+        (["-p", "epochs", "1.5"], "00_works: epochs=1.5 is not of type int"),
+        (["-p", "deep", "1"], "00_works: deep=1 is not of type bool, as its default False is"),
+        (["-p", "learning_rate", "True"], "00_works: learning_rate=True is not of type float"),
+        (["--sweep", "batch_size=1,2"], "00_works has no parameter 'batch_size'"),
+        (["--sweep", "epochs"], "--sweep epochs is not of the form name=first,second"),
+        (["00_work"], "there is no notebook '00_work'; did you mean '00_works'?"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(notebooks, tmp_path, capfd, words, message):
+    assert call(notebooks, "run", *words, "--output", str(tmp_path / "out")) == 2
+    assert f"error: {message}" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_jobs_at_once_is_refused(notebooks, capfd):
+    with pytest.raises(SystemExit):
+        call(notebooks, "run", "--jobs", "0")
+    assert "--jobs 0 must be at least 1" in capfd.readouterr().err
+
+
+def test_a_folder_without_notebooks_is_refused(tmp_path, capfd):
+    assert call(tmp_path, "list") == 2
+    assert "there are no notebooks in" in capfd.readouterr().err
+
+
+def test_values_take_the_types_of_the_defaults(notebooks):
+    given = {"epochs": "5", "learning_rate": "1", "dataset": "1", "deep": "True"}
+    typed = runner.check(notebooks / "00_works.ipynb", given)
+    assert typed == {"epochs": 5, "learning_rate": 1.0, "dataset": "1", "deep": True}
+    assert [type(value) for value in typed.values()] == [int, float, str, bool]
+
+
+def test_list_shows_questions_and_parameters(notebooks, capfd):
+    assert call(notebooks, "list") == 0
+    printed = capfd.readouterr().out
+    assert "00_works: The question of 00_works?" in printed
+    assert "learning_rate: float    = 0.1                  of the optimizer" in printed
+
+
+def test_doctor_says_what_is_missing_and_why(notebooks, capfd, monkeypatch):
+    from companion import devices
+
+    path = notebooks / "01_fails.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.metadata["companion"] = {"uses": ["cuda"]}
+    nbformat.write(notebook, path)
+    monkeypatch.setattr(devices, "why_not", lambda kind: "there is none" if kind == "cuda" else None)
+    assert call(notebooks, "doctor") == 0
+    printed = capfd.readouterr().out
+    assert "00_works                 full strength" in printed
+    assert "01_fails                 without cuda: there is none" in printed
+    assert "instruction sets" in printed
+
+
+def test_store_keeps_outputs_with_the_hash_of_their_source(notebooks, capfd):
+    path = notebooks / "00_works.ipynb"
+    assert call(notebooks, "store", "00") == 0
+    stored = nbformat.read(path, 4)
+    assert stored.cells[-1].outputs[0].text == "3 float digits\n"
+    assert stored.cells[-1].execution_count == 2
+    assert stored.metadata.companion.source_sha256 == runner.source_hash(stored)
+    assert stored.metadata.companion.environment["cores"] >= 1
+    stored.cells[-1].source += "  # changed"
+    assert stored.metadata.companion.source_sha256 != runner.source_hash(stored)
+    assert [p.name for p in notebooks.glob("00*")] == ["00_works.ipynb"]
+
+
+def test_store_leaves_a_failing_notebook_as_it_was(notebooks, capfd):
+    before = (notebooks / "01_fails.ipynb").read_bytes()
+    assert call(notebooks, "store", "01") == 1
+    assert (notebooks / "01_fails.ipynb").read_bytes() == before
+    assert "01_fails: failed: RuntimeError: this one fails" in capfd.readouterr().out
+
+
+def test_tidy_removes_progress_bars_and_notes_of_tools():
+    bar = new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"})
+    text = new_output("stream", text="kept")
+    cell = new_code_cell("x", outputs=[bar, text], metadata={"papermill": {"duration": 1}, "tags": ["proof"], "execution": {}})
+    tidy = runner.tidy(new_notebook(cells=[cell], metadata={"widgets": {}, "papermill": {}, "companion": {}}))
+    assert tidy.cells[0].outputs == [text]
+    assert tidy.cells[0].metadata == {"tags": ["proof"]}
+    assert json.loads(json.dumps(tidy.metadata)) == {"companion": {}}
