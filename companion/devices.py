@@ -185,7 +185,7 @@ def usable_memory_bytes(root: str = "/") -> int:
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Sets how many threads an operator uses, and returns it. None: torch's own choice, but no more than `usable_cores`."""
+    """Sets how many threads an operator uses, and returns it. None: as many as now, but no more than `usable_cores`."""
     cores = usable_cores()
     threads = min(torch.get_num_threads(), cores) if threads is None else threads
     if not 1 <= threads <= cores:

@@ -58,13 +58,14 @@ def compare(
 ) -> dict[str, list[float]]:
     """Seconds of each function in each of `rounds` rounds, all functions in turn: a slow moment hits all of them alike.
 
+    Every other round goes backwards, so that none has the advantage of its place.
     Take ratios round by round and their median: `ratio(times["plain"], times["fast"])`.
     """
     device, times = torch.device(device), {name: [] for name in functions}
     for function in functions.values():
         function()
-    for _ in range(rounds):
-        for name, function in functions.items():
+    for number in range(rounds):
+        for name, function in list(functions.items())[:: 1 if number % 2 == 0 else -1]:
             devices.synchronize(device)
             start = time.perf_counter()
             function()
@@ -97,27 +98,27 @@ def step_profile(
     Waits for the device after each part; the first step is a warm-up and not counted. The model is trained by it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ("data", "forward", "backward", "optimizer", "whole")}
+
+    def now() -> float:
+        devices.synchronize(device)
+        return time.perf_counter()
+
     source = iter(batches)
     model.train()
     for number in range(steps + 1):
-        marks = [time.perf_counter()]
-
-        def mark() -> None:
-            devices.synchronize(device)
-            marks.append(time.perf_counter())  # noqa: B023  (called within the same turn)
-
+        marks = [now()]
         if (batch := next(source, None)) is None:
             source = iter(batches)
             batch = next(source)
         images, labels = (tensor.to(device) for tensor in batch)
-        mark()
+        marks.append(now())
         loss = F.cross_entropy(model(images), labels)
-        mark()
+        marks.append(now())
         optimizer.zero_grad()
         loss.backward()
-        mark()
+        marks.append(now())
         optimizer.step()
-        mark()
+        marks.append(now())
         if number:
             for name, start, end in zip(seconds, marks, marks[1:], strict=False):
                 seconds[name].append(end - start)

@@ -56,7 +56,7 @@ def images(splits: Splits, split: Split, count: int = 20, guesses: torch.Tensor 
     for axis in axes.flat:
         axis.axis("off")
     for i, axis in zip(range(min(count, len(split.labels))), axes.flat, strict=False):
-        axis.imshow((split.images[i] * splits.std + splits.mean).clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
+        axis.imshow((split.images[i] * splits.std + splits.mean).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
         title = splits.classes[split.labels[i]]
         axis.set_title(title if guesses is None else f"{title}, not {splits.classes[guesses[i]]}", fontsize=9)
     return drawn
@@ -87,7 +87,7 @@ def confusion(labels: torch.Tensor, guesses: torch.Tensor, classes: Sequence[str
     wrong = counts.clone().fill_diagonal_(0)
     drawn, (axis,) = _axes(1, 4.6, 4.2)
     axis.grid(False)
-    axis.imshow(wrong, cmap="Oranges", vmin=0, vmax=max(1, int(wrong.max()) * 2))
+    axis.imshow(wrong.numpy(), cmap="Oranges", vmin=0, vmax=max(1, int(wrong.max()) * 2))
     for row in range(len(classes)):
         for column in range(len(classes)):
             if counts[row, column]:

@@ -13,6 +13,7 @@ from companion import runner, scoreboard
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALLER = tomllib.loads((ROOT / "tests" / "parameters.toml").read_text())
+ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 CHECKED, PROOF = "nbval-check-output", "proof"
 
 # Code that breaks a notebook's technique, run before its first proof; a proof must then fail.
@@ -41,16 +42,6 @@ def tagged(notebook: nbformat.NotebookNode, tag: str) -> list[nbformat.NotebookN
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
-@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
-def path(request) -> Path:
-    return request.param
-
-
-@pytest.fixture
-def notebook(path) -> nbformat.NotebookNode:
-    return nbformat.read(path, 4)
-
-
 def texts(cell: nbformat.NotebookNode) -> list[str]:
     """The cell's outputs that hold text."""
     found = []
@@ -59,57 +50,111 @@ def texts(cell: nbformat.NotebookNode) -> list[str]:
     return found
 
 
+def problems(path: Path) -> list[str]:
+    """What a notebook lacks of what every one must have, as stored, without running it."""
+    notebook = nbformat.read(path, 4)
+    cells, found = code_cells(notebook), []
+    source = "\n".join(cell.source for cell in cells)
+    if not re.search(r"^\s*(from|import) companion\b", source, re.MULTILINE):
+        found.append("does not import companion")
+
+    parameters = tagged(notebook, "parameters")
+    if len(parameters) != 1:
+        found.append(f"has {len(parameters)} parameters cells")
+    for line in [line for cell in parameters for line in cell.source.splitlines()]:
+        if not re.fullmatch(r"\w+: (int|float|str|bool) = .+  # .+", line):
+            found.append(f"untyped or uncommented parameter: {line}")
+
+    proofs, checked = tagged(notebook, PROOF), tagged(notebook, CHECKED)
+    if not [cell for cell in proofs if CHECKED in cell.metadata.tags]:
+        found.append("has no compared proof")
+    for cell in proofs:
+        if not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(cell.source))):
+            found.append("a proof asserts nothing")
+    if len(checked) < 5:
+        found.append(f"compares {len(checked)} cells, not five")
+    if not all(cell.outputs for cell in checked):
+        found.append("a compared cell has no stored output")
+
+    stamp = notebook.metadata.get("companion", {})
+    if stamp.get("source_sha256") != runner.source_hash(notebook) or not stamp.get("environment", {}).get("versions"):
+        found.append("stored outputs are not of the stored code: run make store")
+    if not all(cell.execution_count for cell in cells if cell.source.strip()):
+        found.append("a cell was not run")
+    for output in [output for cell in cells for output in cell.outputs]:
+        if output.output_type == "error":
+            found.append(f"an output is an error: {output.evalue}")
+        if output.get("name") == "stderr":
+            found.append(f"an output is a warning: {output.text}")
+    for text in [text for cell in cells for text in texts(cell)]:
+        if re.search(r"(?<![\w.:/<])(/(?!dev/|proc/|sys/)\w[\w.-]*){2,}|[A-Z]:\\\w", text):
+            found.append(f"a path of a machine in an output: {text}")
+
+    if path.stat().st_size >= 2**20:
+        found.append("is larger than 1 MiB")
+    if sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) < 3:
+        found.append("has fewer than three figures")
+    project = ADDRESS.removeprefix("https://github.com/")
+    for link in (
+        f"colab.research.google.com/github/{project}/blob/main/notebooks/{path.name}",
+        f"mybinder.org/v2/gh/{project}/main?labpath=notebooks/{path.name}",
+    ):
+        if link not in notebook.cells[0].source:
+            found.append(f"its first cell does not link to {link}")
+    if f"git+{ADDRESS}" not in source:
+        found.append("does not install companion from the project's address in Colab")
+    return found
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request) -> Path:
+    return request.param
+
+
 def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-def test_it_imports_the_companion_and_has_parameters_and_a_proof(notebook):
-    source = "\n".join(cell.source for cell in code_cells(notebook))
-    assert re.search(r"^\s*(from|import) companion\b", source, re.MULTILINE)
-    (parameters,) = tagged(notebook, "parameters")
-    for line in parameters.source.splitlines():
-        assert re.fullmatch(r"\w+: (int|float|str|bool) = .+  # .+", line), f"untyped or uncommented parameter: {line}"
-    assert tagged(notebook, PROOF)
-    for cell in tagged(notebook, PROOF):
-        assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(cell.source)))
+def test_it_has_what_every_notebook_must_have(path):
+    assert problems(path) == []
 
 
-def test_enough_cells_are_compared_and_each_has_a_stored_output(notebook):
-    checked = tagged(notebook, CHECKED)
-    assert len(checked) >= 5
-    assert all(cell.outputs for cell in checked), "a compared cell has no stored output"
-    assert all(CHECKED in cell.metadata.tags for cell in tagged(notebook, PROOF))
+def _retag(notebook, tag, new):
+    for cell in tagged(notebook, tag):
+        cell.metadata.tags = [new if name == tag else name for name in cell.metadata.tags]
 
 
-def test_stored_outputs_are_of_the_stored_code(notebook):
-    assert notebook.metadata.companion.source_sha256 == runner.source_hash(notebook), "run: make store"
-    assert {"cpu", "cores", "threads", "versions"} <= set(notebook.metadata.companion.environment)
-    assert all(cell.execution_count for cell in code_cells(notebook) if cell.source.strip())
+def _output(notebook, output):
+    code_cells(notebook)[-1].outputs.append(nbformat.from_dict(output))
 
 
-def test_stored_outputs_are_clean(notebook):
-    for cell in code_cells(notebook):
-        for output in cell.outputs:
-            assert output.output_type != "error"
-            assert output.get("name") != "stderr", f"a reader would see: {output.text}"
-        for text in texts(cell):
-            assert not re.search(r"(?<![\w.:/<])(/(?!dev/|proc/|sys/)\w[\w.-]*){2,}|[A-Z]:\\\w", text), f"a path in: {text}"
+DAMAGES = {
+    "does not import companion": lambda nb: [cell.update(source=cell.source.replace("companion", "other")) for cell in nb.cells],
+    "has 0 parameters cells": lambda nb: _retag(nb, "parameters", "x"),
+    "untyped or uncommented parameter": lambda nb: tagged(nb, "parameters")[0].update(source="epochs = 3"),
+    "has no compared proof": lambda nb: _retag(nb, PROOF, "x"),
+    "a proof asserts nothing": lambda nb: tagged(nb, PROOF)[0].update(source="print('proved')"),
+    "compares 0 cells, not five": lambda nb: _retag(nb, CHECKED, "x"),
+    "a compared cell has no stored output": lambda nb: tagged(nb, CHECKED)[0].update(outputs=[]),
+    "stored outputs are not of the stored code": lambda nb: tagged(nb, PROOF)[0].update(source="assert True"),
+    "a cell was not run": lambda nb: code_cells(nb)[-1].update(execution_count=None),
+    "an output is an error": lambda nb: _output(
+        nb, {"output_type": "error", "ename": "ValueError", "evalue": "wrong", "traceback": []}
+    ),
+    "an output is a warning": lambda nb: _output(nb, {"output_type": "stream", "name": "stderr", "text": "careful"}),
+    "a path of a machine": lambda nb: _output(nb, {"output_type": "stream", "name": "stdout", "text": "in /home/me/x.py"}),
+    "is larger than 1 MiB": lambda nb: _output(nb, {"output_type": "stream", "name": "stdout", "text": "x" * 2**20}),
+    "has fewer than three figures": lambda nb: [cell.update(outputs=[]) for cell in code_cells(nb)],
+    "its first cell does not link to": lambda nb: nb.cells[0].update(source="# A question?"),
+}
 
 
-def test_it_is_small_and_has_figures(path, notebook):
-    assert path.stat().st_size < 2**20
-    images = [
-        kind for cell in code_cells(notebook) for o in cell.outputs for kind in o.get("data", {}) if kind.startswith("image/")
-    ]
-    assert len(images) >= 3
-
-
-def test_it_has_badges_that_lead_to_it(path, notebook):
-    address = re.search(r'Repository = "https://github.com/(.+)"', (ROOT / "pyproject.toml").read_text())[1]
-    title = notebook.cells[0].source
-    assert f"colab.research.google.com/github/{address}/blob/main/notebooks/{path.name}" in title
-    assert f"mybinder.org/v2/gh/{address}/main?labpath=notebooks/{path.name}" in title
-    assert f"git+https://github.com/{address}" in "\n".join(cell.source for cell in code_cells(notebook))
+@pytest.mark.parametrize("problem", DAMAGES)
+def test_what_a_notebook_lacks_is_found(problem, tmp_path):
+    notebook = nbformat.read(NOTEBOOKS[0], 4)
+    DAMAGES[problem](notebook)
+    nbformat.write(notebook, tmp_path / NOTEBOOKS[0].name)
+    assert [found for found in problems(tmp_path / NOTEBOOKS[0].name) if found.startswith(problem)]
 
 
 def test_it_runs_with_other_parameters(path, tmp_path):
