@@ -25,7 +25,7 @@ mkdir -p .venv/var  # where the Makefile sends what Jupyter, IPython and matplot
 echo "Installing the reference stack into .venv (about 8 GB on Linux, some minutes) ..."
 wanted='.[notebooks,dev,xla]'
 if .venv/bin/python -m pip install --quiet --disable-pip-version-check uv &&
-    .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable "$wanted"; then
+    UV_SYSTEM_CERTS=1 .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable "$wanted"; then
     :
 else
     echo "uv could not do it; falling back to pip ..." >&2

@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -72,6 +73,8 @@ def why_not(kind: str) -> str | None:
         return "needs a C++ compiler (g++ or clang++)"
     if kind == "compile" and not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "needs Python's C headers (python3-dev)"
+    if kind == "compile" and " " in torch.__file__ + tempfile.gettempdir():
+        return "needs torch and the temporary folder in paths without a space"  # the compiler's command line is not quoted
     return None
 
 

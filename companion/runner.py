@@ -30,7 +30,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: seconds it took, and the error's last line if it failed."""
+    """How a job ended: seconds it took, and the error in a line if it failed."""
 
     job: Job
     seconds: float
@@ -133,7 +133,7 @@ def run(jobs: list[Job], folder: Path, workers: int = 1, cell_seconds: int = 180
 
 
 def execute(job: Job, folder: Path, cell_seconds: int = 1800, bar: dict | bool = False) -> str | None:
-    """Runs one job into `folder` (the kernel's working directory too) and gives its error's last line, None if it passed."""
+    """Runs one job into `folder` (the kernel's working directory too) and gives its error in a line, None if it passed."""
     import papermill
     from nbconvert import HTMLExporter
 
@@ -149,7 +149,8 @@ def execute(job: Job, folder: Path, cell_seconds: int = 1800, bar: dict | bool =
             extra_arguments=["--log-level=ERROR"],  # else each kernel warns on the terminal that 127.0.0.1 is not encrypted
         )
     except Exception as failure:  # whatever ends a notebook is its outcome; the others go on
-        error = next((line for line in reversed(str(failure).splitlines()) if line.strip()), type(failure).__name__)
+        name, text = getattr(failure, "ename", type(failure).__name__), getattr(failure, "evalue", str(failure))
+        error = f"{name}: {text.strip().splitlines()[0] if text.strip() else 'without a message'}"
     if output.exists():
         notebook = tidy(nbformat.read(output, 4))
         nbformat.write(notebook, output)
@@ -201,7 +202,7 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def store(notebook: Path, folder: Path) -> str | None:
     """Runs a notebook at its defaults and keeps the outputs in it, stamped with its source's hash and the environment.
 
-    Gives the error's last line, and leaves the notebook as it was, if it fails.
+    Gives the error in a line, and leaves the notebook as it was, if it fails.
     """
     from companion.measure import environment
 

@@ -138,12 +138,20 @@ def test_threads_never_exceed_the_usable_cores():
             devices.set_threads(wrong)
 
 
-def test_compiling_needs_a_compiler_and_headers(monkeypatch):
+def test_compiling_needs_a_compiler_headers_and_paths_without_spaces(monkeypatch, tmp_path):
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     assert devices.why_not("compile") == "needs a C++ compiler (g++ or clang++)"
     monkeypatch.setattr(devices.shutil, "which", lambda name: name)
     monkeypatch.setattr(devices.sysconfig, "get_path", lambda name: "/nowhere")
     assert devices.why_not("compile") == "needs Python's C headers (python3-dev)"
+    monkeypatch.undo()
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name)
+    monkeypatch.setattr(devices.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(torch, "__file__", "/somewhere/torch/__init__.py")
+    assert devices.why_not("compile") is None
+    monkeypatch.setattr(torch, "__file__", "/some where/torch/__init__.py")
+    assert devices.why_not("compile") == "needs torch and the temporary folder in paths without a space"
 
 
 def test_the_machine_shows_as_text_and_as_table():

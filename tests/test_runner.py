@@ -67,7 +67,9 @@ def test_success_is_exit_code_0_and_each_combination_of_a_sweep_runs(notebooks, 
 def test_a_dead_kernel_is_a_failure_like_any_other(notebooks, tmp_path, capfd):
     write(notebooks, "03_dies", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     assert call(notebooks, "run", "03", "00", "--output", str(tmp_path / "out")) == 1
-    assert "1 passed, 1 failed" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "1 passed, 1 failed" in printed
+    assert "failed: DeadKernelError: Kernel died" in printed
 
 
 @pytest.mark.parametrize(
