@@ -1,4 +1,4 @@
-"""python -m benchmarks: prints the table and writes results/benchmarks.json."""
+"""python -m benchmarks: prints the table (Markdown) and writes it with the environment to results/benchmarks.json."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,10 @@ def main() -> None:
     rows = []
     for benchmark in (import_time, training_loop):
         for row in benchmark.measure_all():
+            if not rows:
+                print(f"\n| {' | '.join(row)} |\n|{'---|' * len(row)}")
+            print(f"| {' | '.join(row.values())} |", flush=True)
             rows.append(row)
-            print(
-                f"\n{row['what']}\n" + "\n".join(f"  {name:28} {value}" for name, value in row.items() if name != "what"),
-                flush=True,
-            )
     path = Path("results", "benchmarks.json")
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"environment": measure.environment(), "rows": rows}, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Command line: python -m companion list | run | doctor | store."""
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -102,6 +103,9 @@ def main(words: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished is kept", file=sys.stderr, flush=True)
+        os._exit(130)  # at once, without waiting for running notebooks; a kernel ends when its parent has
 
 
 if __name__ == "__main__":

@@ -125,11 +125,14 @@ def run(jobs: list[Job], folder: Path, workers: int = 1, cell_seconds: int = 180
         return Outcome(job, time.perf_counter() - start, error)
 
     outcomes: list[Outcome] = []
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         for future in as_completed([pool.submit(work, job) for job in jobs]):
             outcomes.append(future.result())
             (folder / REPORT).write_text(report(outcomes, folder), encoding="utf-8")
             yield outcomes[-1]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nothing further starts
 
 
 def execute(job: Job, folder: Path, cell_seconds: int = 1800, bar: dict | bool = False) -> str | None:

@@ -1,4 +1,9 @@
 import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -31,6 +36,23 @@ def notebooks(tmp_path):
         folder, "02_records", "from companion import scoreboard\nscoreboard.record(results_dir, '02', 'x', {'a': (epochs, 's')});"
     )
     return folder
+
+
+def wait_for(condition, seconds=30):
+    """Waits until the condition holds, and fails if it does not within some seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")  # a container without an init leaves ended orphans as zombies
+    return not (state.exists() and ") Z " in state.read_text())
 
 
 def call(notebooks, *words) -> int:
@@ -70,6 +92,22 @@ def test_a_dead_kernel_is_a_failure_like_any_other(notebooks, tmp_path, capfd):
     printed = capfd.readouterr().out
     assert "1 passed, 1 failed" in printed
     assert "failed: DeadKernelError: Kernel died" in printed
+
+
+def test_an_interrupt_keeps_what_was_finished_and_leaves_no_kernel(notebooks, tmp_path, python, root):
+    write(notebooks, "03_sleeps", "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)")
+    out = tmp_path / "out"
+    words = ["-m", "companion", "run", "--notebooks", str(notebooks), "00", "03", "02", "--output", str(out)]
+    with subprocess.Popen([*python, *words], stderr=subprocess.PIPE, text=True, cwd=root) as process:
+        wait_for(lambda: (out / "pid").exists() and (out / "pid").read_text())
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "interrupted; what was finished is kept" in printed
+    assert "1 notebooks run, 0 failed" in (out / "index.html").read_text()
+    assert not (out / "02_records.ipynb").exists()
+    kernel = int((out / "pid").read_text())
+    wait_for(lambda: not alive(kernel))
 
 
 @pytest.mark.parametrize(

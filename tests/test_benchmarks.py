@@ -1,0 +1,45 @@
+"""The benchmarks run and compare like with like; what they measure is not judged here."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import __main__ as benchmarks
+from benchmarks import import_time, training_loop
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(training_loop, "SAMPLES", 512)
+    for module in (import_time, training_loop):
+        monkeypatch.setattr(module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1))
+
+
+def test_the_three_ways_take_the_same_number_of_steps(monkeypatch):
+    seen = []
+    plain = training_loop.training.plain_step
+
+    def counted(model, images, *rest):
+        seen.append(images.shape)
+        return plain(model, images, *rest)
+
+    monkeypatch.setattr(training_loop.training, "plain_step", counted)
+    for way in training_loop.runs(64, torch.device("cpu")).values():
+        seen.clear()
+        way()
+        assert seen == [(64, 3, 32, 32)] * 8
+
+
+def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    benchmarks.main()
+    printed = capfd.readouterr().out
+    assert "| what | plain | ours | limit | against plain | of the limit |" in printed
+    written = json.loads((tmp_path / "results" / "benchmarks.json").read_text())
+    assert [row["what"].split(" (")[0] for row in written["rows"]] == [
+        "`import companion`",
+        "training loop, batch 64",
+        "training loop, batch 256",
+    ]
+    assert all(row["of the limit"].endswith("%") for row in written["rows"])
