@@ -58,19 +58,20 @@ def compare(
 ) -> dict[str, list[float]]:
     """Seconds of each function in each of `rounds` rounds, all functions in turn: a slow moment hits all of them alike.
 
-    Every other round goes backwards, so that none has the advantage of its place.
+    Each round begins with another function, so that none has the advantage of its place.
     Take ratios round by round and their median: `ratio(times["plain"], times["fast"])`.
     """
-    device, times = torch.device(device), {name: [] for name in functions}
+    device, times, turn = torch.device(device), {name: [] for name in functions}, list(functions.items())
     for function in functions.values():
         function()
-    for number in range(rounds):
-        for name, function in list(functions.items())[:: 1 if number % 2 == 0 else -1]:
+    for _ in range(rounds):
+        for name, function in turn:
             devices.synchronize(device)
             start = time.perf_counter()
             function()
             devices.synchronize(device)
             times[name].append(time.perf_counter() - start)
+        turn = [*turn[1:], turn[0]]
     return times
 
 

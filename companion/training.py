@@ -1,5 +1,6 @@
 """The one training loop of all notebooks, and the one evaluation."""
 
+import math
 import os
 import pickle
 import random
@@ -190,7 +191,7 @@ def fit(
                     scheduler.step()
                 samples += len(labels)
                 bar.update()
-                if len(losses) % check_every == 0:
+                if len(losses) % check_every == 0 and not math.isfinite(losses[-1]):
                     _check_finite(losses[-check_every:], rates[-check_every:], epoch, epoch * len(batches) + len(losses))
             _check_finite(losses, rates, epoch, epoch * len(batches) + len(losses))
             devices.synchronize(device)
