@@ -76,7 +76,7 @@ class Table:
             (
                 row["notebook"],
                 row["technique"],
-                ", ".join(f"{name} {m['value']:.4g} {m['unit']}" for name, m in row["metrics"].items()) or row["status"],
+                ", ".join(f"{name} {_short(m['value'])} {m['unit']}" for name, m in row["metrics"].items()) or row["status"],
                 row["device"],
                 str(row["settings"].get("threads", row["environment"]["threads"])),
             )
@@ -96,3 +96,7 @@ class Table:
             for tag, row in lines
         )
         return f"<table>{body}</table>"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

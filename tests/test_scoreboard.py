@@ -38,6 +38,7 @@ def test_what_was_skipped_has_its_reason(tmp_path):
     row = scoreboard.record(tmp_path, "03_ddp", "nccl", skipped="needs 2 CUDA devices")
     assert row["status"] == "skipped: needs 2 CUDA devices"
     assert "skipped: needs 2 CUDA devices" in str(scoreboard.Table([row]))
+    assert "12,346 samples/s" in str(scoreboard.Table([row | {"metrics": {"a": {"value": 12345.6, "unit": "samples/s"}}}]))
     assert "<td style=text-align:left>nccl</td>" in scoreboard.Table([row])._repr_html_()
 
 
