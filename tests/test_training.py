@@ -151,8 +151,7 @@ def test_a_loss_that_is_no_number_stops_with_step_and_learning_rate(few, bad):
         train(few, replace(RECIPE, schedule="constant", learning_rate=1e-3), step=step)
 
 
-def test_a_divergence_late_in_an_epoch_of_an_accelerator_is_still_located(few, monkeypatch):
-    monkeypatch.setattr(training, "_CHECK_EVERY", 3)
+def test_a_divergence_among_several_steps_checked_at_once_is_located():
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 8 \(epoch 2\), learning rate 0.2"):
         training._check_finite([torch.tensor(x) for x in (1.0, math.nan, math.inf)], [0.1, 0.2, 0.3], epoch=1, last_step=9)
 
