@@ -1,8 +1,15 @@
 # Every target sets up what it needs. Nothing is written outside this folder but package caches and temporary files.
+# STACK=newest uses today's torch, in an environment of its own, instead of the reference stack.
 SHELL := /bin/sh
-PYTHON_IN := .venv/bin/python
-READY := .venv/.ready
-HOME_OF_TOOLS := $(CURDIR)/.venv/var
+STACK ?= reference
+VENV.reference := .venv
+VENV.newest := .venv-newest
+CONSTRAINTS.reference := constraints.txt
+CONSTRAINTS.newest := constraints-newest.txt
+VENV := $(or $(VENV.$(STACK)),$(error STACK=$(STACK) is unknown: use reference or newest))
+PYTHON_IN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+HOME_OF_TOOLS := $(CURDIR)/$(VENV)/var
 
 export IPYTHONDIR := $(HOME_OF_TOOLS)/ipython
 export JUPYTER_CONFIG_DIR := $(HOME_OF_TOOLS)/jupyter
@@ -21,9 +28,10 @@ help:
 	@echo "make bench   the speed claims, measured here"
 	@echo "make store   run the notebooks at their defaults and keep the outputs in them"
 	@echo "make clean   remove what these made"
+	@echo "Each with STACK=newest: on today's torch instead of the reference stack"
 
-$(READY): pyproject.toml constraints.txt setup.sh
-	@./setup.sh
+$(READY): pyproject.toml $(CONSTRAINTS.$(STACK)) setup.sh
+	@./setup.sh $(STACK) $(VENV) $(CONSTRAINTS.$(STACK))
 
 run: $(READY)
 	@$(PYTHON_IN) -m companion run
@@ -48,5 +56,5 @@ doctor: $(READY)
 	@$(PYTHON_IN) -m companion doctor
 
 clean:
-	rm -rf .venv results notebooks/results notebooks/data build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest results notebooks/results notebooks/data build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,9 @@
 #!/bin/sh
-# Makes .venv with the reference stack, this package and the Jupyter kernel. Called by make; needs Python 3.11-3.13.
+# Makes an environment with a stack, this package and the Jupyter kernel: setup.sh STACK FOLDER CONSTRAINTS.
+# Called by make; needs Python 3.11-3.13.
 set -eu
 cd "$(dirname "$0")"
+stack=$1 venv=$2 constraints=$3
 
 python=
 for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
@@ -15,21 +17,24 @@ if [ -z "$python" ]; then
     exit 1
 fi
 
-rm -rf .venv
-if ! "$python" -m venv .venv; then
+rm -rf "$venv"
+if ! "$python" -m venv "$venv"; then
     echo "error: '$python -m venv' failed; on Debian and Ubuntu install python3-venv" >&2
     exit 1
 fi
 
-mkdir -p .venv/var  # where the Makefile sends what Jupyter, IPython and matplotlib would write to the home folder
-echo "Installing the reference stack into .venv (about 8 GB on Linux, some minutes) ..."
-wanted='.[notebooks,dev,xla]'
-if .venv/bin/python -m pip install --quiet --disable-pip-version-check uv &&
-    UV_SYSTEM_CERTS=1 .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable "$wanted"; then
+mkdir -p "$venv/var" # where the Makefile sends what Jupyter, IPython and matplotlib would write to the home folder
+echo "Installing the $stack stack into $venv (about 8 GB on Linux, some minutes) ..."
+wanted='.[notebooks,dev]'
+if [ "$stack" = reference ]; then
+    wanted='.[notebooks,dev,xla]' # the last torch_xla needs the reference stack's torch
+fi
+if "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv &&
+    UV_SYSTEM_CERTS=1 "$venv/bin/python" -m uv pip install --quiet --python "$venv/bin/python" --constraint "$constraints" --editable "$wanted"; then
     :
 else
     echo "uv could not do it; falling back to pip ..." >&2
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable "$wanted"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" --editable "$wanted"
 fi
-.venv/bin/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (accelerating-pytorch)" >/dev/null
-touch .venv/.ready
+"$venv/bin/python" -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (accelerating-pytorch)" >/dev/null
+touch "$venv/.ready"

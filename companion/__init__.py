@@ -2,7 +2,7 @@
 
 import importlib
 
-MODULES = ("data", "devices", "measure", "models", "plots", "runner", "scoreboard", "training")
+MODULES = ("data", "devices", "launch", "measure", "models", "plots", "runner", "scoreboard", "training")
 
 
 def __getattr__(name: str):

@@ -1,0 +1,193 @@
+"""Worker processes from anywhere: `run` calls a function, even one of a notebook's cell, on several ranks.
+
+    def worker(x):
+        dist.all_reduce(x)  # plain torch.distributed
+        return x
+
+    by_rank = launch.run(worker, 2, torch.ones(3))
+
+Ranks are forked from a server that has imported torch and done nothing else: safe where `fork` hangs, and quick the second time.
+"""
+
+import linecache
+import math
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+
+import cloudpickle
+import torch
+import torch.distributed as dist
+
+from companion import devices, worker
+
+PRELOAD = ["torch._dynamo", "torch.nn.parallel", "torch.distributed.pipelining", "tqdm.notebook", "companion.training"]
+_PATIENCE_SECONDS = 0.7  # for how long what may be the echo of another rank's failure waits for news of that one
+
+
+class WorkerError(RuntimeError):
+    """A rank failed, was killed, or did not end in time. The message has its traceback, and where the other ranks were.
+
+    `rank` is the one that failed first (None for a time-out of the whole), `reason` what happened in one line.
+    """
+
+    def __init__(self, reason: str, rank: int | None, details: str):
+        super().__init__("\n".join([reason if rank is None else f"rank {rank} failed first: {reason}", details]).rstrip())
+        self.rank, self.reason = rank, reason
+
+
+def device() -> torch.device:
+    """The device of this rank: the one `run` gave it; under torchrun the GPU of its LOCAL_RANK, or the CPU if there is none."""
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device(os.environ.get("COMPANION_DEVICE") or (f"cuda:{index}" if index < torch.cuda.device_count() else "cpu"))
+
+
+def warm() -> multiprocessing.context.ForkServerContext:
+    """Starts the server that ranks are forked from, which imports torch in the background; the first `run` then waits less."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
+    return context
+
+
+def run(
+    function: Callable,
+    world_size: int,
+    *args: object,
+    device: str | Iterable[str] = "auto",
+    backend: str | None = "auto",
+    threads: int | None = None,
+    timeout_seconds: float = 300.0,
+    limit_seconds: float = math.inf,
+    port: int = 0,
+) -> list:
+    """Calls `function(*args)` in `world_size` processes and gives what each returned, by rank.
+
+    In each, the default process group is ready (with `backend=None`: the variables that `dist.init_process_group` reads),
+    `launch.device()` is its device and torch uses `threads` threads, or else its share of the usable cores. `device` is one
+    name or a list by rank; "auto" is the GPUs in turn, or the CPU. The backend "auto" is nccl if each rank has a GPU of its
+    own, else gloo. Lines that ranks print appear as `[rank 1] ...`, tqdm's bars from rank 0 alone.
+
+    No collective may wait longer than `timeout_seconds`, nor the whole take more than `limit_seconds`. `port` is the store's,
+    any free one for 0. Only the loopback interface is used. However it ends, no process is left behind.
+
+    Raises ValueError or TypeError, before anything starts, for what cannot work; OSError for a port in use; WorkerError.
+    """
+    places, backend = _check(function, world_size, device, backend, threads, timeout_seconds, limit_seconds)
+    threads = max(1, devices.usable_cores() // world_size) if threads is None else threads
+    payload = worker.pack(function, getattr(function, "__name__", "the function")), worker.pack(args, "args")
+    store, context, method = _store(port), warm(), multiprocessing.get_start_method()
+    shared = {"MASTER_ADDR": store.host, "MASTER_PORT": store.port, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, "OMP_NUM_THREADS": threads}
+    shared |= {name: os.environ.get(name, _loopback()) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+    ranks = [worker.Rank(number) for number in range(world_size)]
+    try:
+        for rank, place in zip(ranks, places, strict=True):
+            own = {"RANK": rank.number, "LOCAL_RANK": rank.number, "COMPANION_DEVICE": place}
+            variables = dict(os.environ) | {name: str(value) for name, value in (shared | own).items()}
+            rank.start(context, payload, _cells(), variables, method, backend, timeout_seconds)
+        return _collect(ranks, limit_seconds)
+    finally:
+        for rank in ranks:
+            rank.end()
+        del store  # also where a notebook keeps this frame for its last traceback: the port is free again
+
+
+def _check(function, world_size, device, backend, threads, *seconds) -> tuple[list[torch.device], str | None]:
+    """Where each rank runs, and the backend."""
+    if not callable(function):
+        raise TypeError(f"{function!r} is not a function")
+    if not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size={world_size!r} must be a whole number, 1 or more")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} must be 1 or more")
+    if not min(seconds) > 0:
+        raise ValueError(f"timeout_seconds and limit_seconds, {seconds[0]} and {seconds[1]}, must be above 0")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    places = devices.select_list(str(device) if isinstance(device, torch.device) else device, world_size)
+    kinds = {place.type for place in places}
+    if not kinds <= {"cpu", "cuda"}:
+        raise ValueError(f"ranks run on cpu and cuda, not on {', '.join(sorted(kinds - {'cpu', 'cuda'}))}")
+    alone = kinds == {"cuda"} and len(set(places)) == world_size
+    if backend not in ("auto", "gloo", "nccl", None):
+        raise ValueError(f"backend={backend!r} is unknown; use 'auto', 'gloo', 'nccl', or None to make the group yourself")
+    if backend == "nccl" and not alone:
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ValueError(f"nccl needs a GPU of its own for each of {world_size} ranks; there are {there}: use 'gloo'")
+    return places, ("cpu:gloo,cuda:nccl" if alone else "gloo") if backend == "auto" else backend
+
+
+def _store(port: int) -> dist.TCPStore:
+    """The place where the ranks find each other, listening on the loopback interface only (TCPStore's own would on all)."""
+    try:
+        server = socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise OSError(error.errno, f"port {port} cannot be had ({error.strerror}); port=0 takes any that is free") from error
+    port = server.getsockname()[1]
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=server.detach())
+
+
+def _loopback() -> str:
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
+def _cells() -> dict[str, tuple[str, list[str]]]:
+    """The code that is in no file: filename -> (the name that a notebook shows for it, its lines)."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    known = shell.compile.format_code_name if shell else lambda filename: None
+    cells = {name: entry[2] for name, entry in linecache.cache.items() if len(entry) == 4 and not os.path.exists(name)}
+    return {name: (" ".join(known(name) or ("File", f'"{name}"')), lines) for name, lines in cells.items()}
+
+
+def _hear(ranks: list[worker.Rank], seconds: float) -> None:
+    """Takes in what the ranks say; waits at most `seconds` for something."""
+    sources = {source: rank for rank in ranks for source in rank.sources()}
+    for source in wait(list(sources), min(seconds, 3600)):
+        sources[source].hear(source)
+
+
+def _collect(ranks: list[worker.Rank], limit_seconds: float) -> list:
+    """The results by rank, once all have returned; raises WorkerError as soon as it is clear which rank failed first."""
+    late, settled = time.monotonic() + limit_seconds, math.inf
+    while any(rank.result is None for rank in ranks):
+        now, failures = time.monotonic(), [rank.failure for rank in ranks if rank.failure]
+        if failures:
+            settled = min(settled, now + (_PATIENCE_SECONDS if all(failure.echo for failure in failures) else 0.1))
+        if now >= settled:
+            first = min((rank for rank in ranks if rank.failure), key=lambda rank: (rank.failure.echo, rank.failure.seconds))
+            details = "\n".join([first.failure.details, _whereabouts(ranks, first)])
+            raise WorkerError(first.failure.reason, first.number, details)
+        if now >= late:
+            raise WorkerError(f"time-out: not all ranks returned within {limit_seconds:g} s", None, _whereabouts(ranks))
+        _hear(ranks, min(settled, late) - now)
+    for rank in ranks:
+        rank.leave()
+    end = time.monotonic() + 10
+    while any(rank.state != "ended" for rank in ranks) and (now := time.monotonic()) < end:
+        _hear(ranks, end - now)
+    return [cloudpickle.loads(rank.result) for rank in ranks]
+
+
+def _whereabouts(ranks: list[worker.Rank], but: worker.Rank | None = None) -> str:
+    """What each rank, but one, was doing."""
+    running = [rank for rank in ranks if rank.state == "running" and not rank.failure]
+    for rank in running:
+        rank.tell("place")
+    end = time.monotonic() + 0.5
+    while not all(rank.place or rank.failure for rank in running) and (now := time.monotonic()) < end:
+        _hear(ranks, end - now)
+    said: dict[str, list[str]] = {}
+    for rank in ranks:
+        if rank is not but:
+            said.setdefault(rank.whereabouts(), []).append(str(rank.number))
+    lines = [
+        (f"rank {who[0]}", what) if not who[1:] else (f"ranks {', '.join(who)}", what.replace("was", "were", 1))
+        for what, who in said.items()
+    ]
+    return "\n".join(f"{who} {what}" for who, what in lines)
