@@ -2,7 +2,7 @@
 
 import importlib
 
-MODULES = ("data", "devices", "launch", "measure", "models", "plots", "runner", "scoreboard", "training")
+MODULES = ("data", "ddp", "devices", "launch", "measure", "models", "plots", "runner", "scoreboard", "stacks", "training")
 
 
 def __getattr__(name: str):

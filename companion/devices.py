@@ -1,5 +1,6 @@
 """Where to run: choosing devices, waiting for them, and describing the machine."""
 
+import ctypes
 import html
 import importlib.util
 import logging
@@ -15,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from companion import stacks
 
 # torch's benchmark and compiler import a module that warns wherever there is a CUDA toolkit but no GPU.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -62,7 +65,9 @@ def why_not(kind: str) -> str | None:
     if kind == "mps" and not torch.backends.mps.is_available():
         return "it needs macOS on Apple silicon"
     if kind == "xla" and not _installed("torch_xla"):
-        return "torch_xla is not installed; it needs torch 2.9 on Linux x86-64: pip install 'accelerating-pytorch[xla]'"
+        if not stacks.current().has_torch_xla:
+            return f"torch_xla's last release needs torch 2.9, not {torch.__version__}; torch_tpu takes its place"
+        return "torch_xla is not installed; it needs Linux x86-64: pip install 'accelerating-pytorch[xla]'"
     if kind == "xla" and os.environ.get("PJRT_DEVICE") == "TPU" and not tpu_chips():
         return "PJRT_DEVICE=TPU is set, but there is no TPU chip and torch_xla would wait for one for ever"
     if kind == "tpu" and not tpu_chips():
@@ -195,6 +200,21 @@ def set_threads(threads: int | None = None) -> int:
         raise ValueError(f"threads={threads} is not between 1 and the {cores} usable cores")
     torch.set_num_threads(threads)
     return threads
+
+
+def keep_memory() -> bool:
+    """Lets this process keep the memory that it frees, for the next tensors; gives whether its C library can (glibc's).
+
+    By default glibc returns each block of more than 32 MiB to the system, which then clears a new one page by page: in
+    training steps with such tensors that can take as long as the arithmetic. The process stays at its largest size.
+    Source: mallopt(3).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    never_map, never_trim = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, with the largest value that they take
+    return bool(mallopt(never_map, 2**31 - 1)) and bool(mallopt(never_trim, 2**31 - 1))
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,10 @@ from collections.abc import Callable, Iterable
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 
-from companion import devices, worker
+from companion import devices, pickling, worker
 
 PRELOAD = ["torch._dynamo", "torch.nn.parallel", "torch.distributed.pipelining", "tqdm.notebook", "companion.training"]
 _PATIENCE_SECONDS = 0.7  # for how long what may be the echo of another rank's failure waits for news of that one
@@ -33,18 +32,31 @@ _PATIENCE_SECONDS = 0.7  # for how long what may be the echo of another rank's f
 class WorkerError(RuntimeError):
     """A rank failed, was killed, or did not end in time. The message has its traceback, and where the other ranks were.
 
-    `rank` is the one that failed first (None for a time-out of the whole), `reason` what happened in one line.
+    `rank` is the one that failed first (None for a time-out of the whole), `reason` what happened in one line, `place` the
+    line of the user's code where it did, if known.
     """
 
-    def __init__(self, reason: str, rank: int | None, details: str):
+    def __init__(self, reason: str, rank: int | None, place: str, details: str):
         super().__init__("\n".join([reason if rank is None else f"rank {rank} failed first: {reason}", details]).rstrip())
-        self.rank, self.reason = rank, reason
+        self.rank, self.reason, self.place = rank, reason, place
 
 
 def device() -> torch.device:
     """The device of this rank: the one `run` gave it; under torchrun the GPU of its LOCAL_RANK, or the CPU if there is none."""
     index = int(os.environ.get("LOCAL_RANK", 0))
     return torch.device(os.environ.get("COMPANION_DEVICE") or (f"cuda:{index}" if index < torch.cuda.device_count() else "cpu"))
+
+
+def places(world_size: int, device: str | torch.device | Iterable[str] = "auto") -> list[torch.device]:
+    """Where each rank runs. `device` is one name or a list by rank; "auto" is the GPUs in turn, or else the CPU."""
+    if not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size={world_size!r} must be a whole number, 1 or more")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = devices.select_list(str(device) if isinstance(device, torch.device) else device, world_size)
+    if others := {place.type for place in found} - {"cpu", "cuda"}:
+        raise ValueError(f"ranks run on cpu and cuda, not on {', '.join(sorted(others))}")
+    return found
 
 
 def warm() -> multiprocessing.context.ForkServerContext:
@@ -69,25 +81,32 @@ def run(
     """Calls `function(*args)` in `world_size` processes and gives what each returned, by rank.
 
     In each, the default process group is ready (with `backend=None`: the variables that `dist.init_process_group` reads),
-    `launch.device()` is its device and torch uses `threads` threads, or else its share of the usable cores. `device` is one
-    name or a list by rank; "auto" is the GPUs in turn, or the CPU. The backend "auto" is nccl if each rank has a GPU of its
-    own, else gloo. Lines that ranks print appear as `[rank 1] ...`, tqdm's bars from rank 0 alone.
+    `launch.device()` is its device (see `places`) and torch uses `threads` threads, or else its share of the usable cores.
+    The backend "auto" is nccl if each rank has a GPU of its own, else gloo. Lines that ranks print appear as `[rank 1] ...`,
+    tqdm's bars from rank 0 alone.
 
     No collective may wait longer than `timeout_seconds`, nor the whole take more than `limit_seconds`. `port` is the store's,
     any free one for 0. Only the loopback interface is used. However it ends, no process is left behind.
 
     Raises ValueError or TypeError, before anything starts, for what cannot work; OSError for a port in use; WorkerError.
     """
-    places, backend = _check(function, world_size, device, backend, threads, timeout_seconds, limit_seconds)
+    if not callable(function):
+        raise TypeError(f"{function!r} is not a function")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} must be 1 or more")
+    if not min(timeout_seconds, limit_seconds) > 0:
+        raise ValueError(f"timeout_seconds={timeout_seconds} and limit_seconds={limit_seconds} must be above 0")
+    where = places(world_size, device)
+    backend = _backend(backend, where)
     threads = max(1, devices.usable_cores() // world_size) if threads is None else threads
-    payload = worker.pack(function, getattr(function, "__name__", "the function")), worker.pack(args, "args")
+    payload = pickling.pack(function, getattr(function, "__name__", "the function")), pickling.pack(args, "args")
     store, context, method = _store(port), warm(), multiprocessing.get_start_method()
     shared = {"MASTER_ADDR": store.host, "MASTER_PORT": store.port, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, "OMP_NUM_THREADS": threads}
     shared |= {name: os.environ.get(name, _loopback()) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     ranks = [worker.Rank(number) for number in range(world_size)]
     try:
-        for rank, place in zip(ranks, places, strict=True):
+        for rank, place in zip(ranks, where, strict=True):
             own = {"RANK": rank.number, "LOCAL_RANK": rank.number, "COMPANION_DEVICE": place}
             variables = dict(os.environ) | {name: str(value) for name, value in (shared | own).items()}
             rank.start(context, payload, _cells(), variables, method, backend, timeout_seconds)
@@ -98,29 +117,15 @@ def run(
         del store  # also where a notebook keeps this frame for its last traceback: the port is free again
 
 
-def _check(function, world_size, device, backend, threads, *seconds) -> tuple[list[torch.device], str | None]:
-    """Where each rank runs, and the backend."""
-    if not callable(function):
-        raise TypeError(f"{function!r} is not a function")
-    if not isinstance(world_size, int) or world_size < 1:
-        raise ValueError(f"world_size={world_size!r} must be a whole number, 1 or more")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads} must be 1 or more")
-    if not min(seconds) > 0:
-        raise ValueError(f"timeout_seconds and limit_seconds, {seconds[0]} and {seconds[1]}, must be above 0")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    places = devices.select_list(str(device) if isinstance(device, torch.device) else device, world_size)
-    kinds = {place.type for place in places}
-    if not kinds <= {"cpu", "cuda"}:
-        raise ValueError(f"ranks run on cpu and cuda, not on {', '.join(sorted(kinds - {'cpu', 'cuda'}))}")
-    alone = kinds == {"cuda"} and len(set(places)) == world_size
-    if backend not in ("auto", "gloo", "nccl", None):
-        raise ValueError(f"backend={backend!r} is unknown; use 'auto', 'gloo', 'nccl', or None to make the group yourself")
-    if backend == "nccl" and not alone:
+def _backend(name: str | None, where: list[torch.device]) -> str | None:
+    """What the ranks talk through; nccl wants each to have a GPU of its own."""
+    if name not in ("auto", "gloo", "nccl", None):
+        raise ValueError(f"backend={name!r} is unknown; use 'auto', 'gloo', 'nccl', or None to make the group yourself")
+    alone = len(set(where)) == len(where) and {place.type for place in where} == {"cuda"}
+    if name == "nccl" and not alone:
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ValueError(f"nccl needs a GPU of its own for each of {world_size} ranks; there are {there}: use 'gloo'")
-    return places, ("cpu:gloo,cuda:nccl" if alone else "gloo") if backend == "auto" else backend
+        raise ValueError(f"nccl needs a GPU of its own for each of {len(where)} ranks; there are {there}: use 'gloo'")
+    return ("cpu:gloo,cuda:nccl" if alone else "gloo") if name == "auto" else name
 
 
 def _store(port: int) -> dist.TCPStore:
@@ -162,16 +167,16 @@ def _collect(ranks: list[worker.Rank], limit_seconds: float) -> list:
         if now >= settled:
             first = min((rank for rank in ranks if rank.failure), key=lambda rank: (rank.failure.echo, rank.failure.seconds))
             details = "\n".join([first.failure.details, _whereabouts(ranks, first)])
-            raise WorkerError(first.failure.reason, first.number, details)
+            raise WorkerError(first.failure.reason, first.number, first.failure.place, details)
         if now >= late:
-            raise WorkerError(f"time-out: not all ranks returned within {limit_seconds:g} s", None, _whereabouts(ranks))
+            raise WorkerError(f"time-out: not all ranks returned within {limit_seconds:g} s", None, "", _whereabouts(ranks))
         _hear(ranks, min(settled, late) - now)
     for rank in ranks:
         rank.leave()
     end = time.monotonic() + 10
     while any(rank.state != "ended" for rank in ranks) and (now := time.monotonic()) < end:
         _hear(ranks, end - now)
-    return [cloudpickle.loads(rank.result) for rank in ranks]
+    return [pickling.unpack(rank.result) for rank in ranks]
 
 
 def _whereabouts(ranks: list[worker.Rank], but: worker.Rank | None = None) -> str:

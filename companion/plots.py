@@ -150,3 +150,79 @@ def ladder(rungs: dict[str, tuple[float, float]], kept: Sequence[str], limits: d
         axis.grid(axis="y", visible=axis is right)
     drawn.legend(loc="outside upper center", ncols=len(limits), fontsize=9)
     return drawn
+
+
+@styled
+def against_theory(
+    series: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    levels: dict[str, float] | None = None,
+    marks: dict[str, float] | None = None,
+    log: str = "x",
+) -> Figure:
+    """Points that were measured and a dashed line that theory predicts, for each name: (x, measured, predicted).
+
+    `levels` and `marks` are named horizontal and vertical lines; `log` names the logarithmic axes, "", "x" or "xy".
+    """
+    drawn, (axis,) = _axes(1, 8, 3.8)
+    for (name, (x, measured, predicted)), colour in zip(series.items(), COLOURS, strict=False):
+        axis.plot(x, measured, "o-", color=colour, linewidth=1, label=f"{name}, measured")
+        axis.plot(x, predicted, "--", color=colour, label=f"{name}, predicted")
+    for name, level in (levels or {}).items():
+        axis.axhline(level, color="black", linewidth=0.8, linestyle=":")
+        axis.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
+    if "x" in log:
+        axis.set_xscale("log", base=2)
+    for name, place in (marks or {}).items():
+        axis.axvline(place, color=COLOURS[6], linewidth=0.8, linestyle=":")
+        axis.annotate(name, (place, 0.03), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="bottom", fontsize=9)
+    axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if "y" in log else "linear")
+    axis.xaxis.set_major_formatter(EngFormatter(sep="", places=0) if "x" in log else axis.xaxis.get_major_formatter())
+    if "y" not in log:
+        axis.set_ylim(bottom=0)
+    drawn.legend(loc="outside right center", fontsize=9)
+    return drawn
+
+
+@styled
+def timeline(lanes: dict[str, list[tuple[str, float, float]]], colours: dict[str, str] | None = None) -> Figure:
+    """What happened when: lane -> [(what, start, end)], in seconds, drawn in milliseconds; `colours` by the first word."""
+    drawn, (axis,) = _axes(1, 9, 0.9 + 0.6 * len(lanes))
+    words = list(dict.fromkeys(what.split()[0].rstrip(",") for spans in lanes.values() for what, *_ in spans))
+    colours = dict(zip(words, COLOURS * len(words), strict=False)) | (colours or {})
+    width = 1e3 * max(end for spans in lanes.values() for *_, end in spans)
+    for row, spans in enumerate(lanes.values()):
+        levels: list[float] = []  # spans that overlap are drawn below each other
+        places = []
+        for what, start, end in sorted(spans, key=lambda span: span[1]):
+            level = next((i for i, free in enumerate(levels) if free <= start), len(levels))
+            levels[level : level + 1] = [end]
+            places.append((what, 1e3 * start, 1e3 * (end - start), level))
+        for what, start, length, level in places:
+            height = 0.8 / len(levels)
+            bottom = row - 0.4 + level * height
+            axis.broken_barh([(start, length)], (bottom, 0.92 * height), color=colours[what.split()[0].rstrip(",")])
+            if length > 0.012 * max(map(len, what.split("\n"))) * width:
+                axis.text(start + length / 2, bottom + 0.46 * height, what, ha="center", va="center", fontsize=8, color="white")
+    axis.set(xlabel="time (ms)", xlim=(0, width), yticks=range(len(lanes)), ylim=(len(lanes) - 0.5, -0.5))
+    axis.set_yticklabels(list(lanes))
+    axis.grid(axis="y", visible=False)
+    return drawn
+
+
+@styled
+def bars(columns: dict[str, dict[str, float]], log: Sequence[str] = ()) -> Figure:
+    """One panel of horizontal bars for each quantity: quantity with its unit -> name -> value; those in `log` logarithmic."""
+    rows = list(dict.fromkeys(name for values in columns.values() for name in values))
+    drawn, panels = _axes(len(columns), 9, 1.0 + 0.34 * len(rows))
+    for axis, (title, values), colour in zip(panels, columns.items(), COLOURS * len(columns), strict=False):
+        drawn_bars = axis.barh(rows, [values.get(name, 0.0) for name in rows], color=colour, height=0.65)
+        axis.bar_label(drawn_bars, [f"{values[name]:.3g}" if name in values else "" for name in rows], padding=3, fontsize=9)
+        axis.set(xlabel=title, xscale="log" if title in log else "linear")
+        axis.margins(x=0.25)
+        axis.invert_yaxis()
+        axis.grid(axis="y", visible=False)
+        if axis is not panels[0]:
+            axis.set_yticklabels([])
+    return drawn

@@ -1,7 +1,6 @@
 """One worker process: `Rank` is what the launching process sees of it, `main` what runs in it; pipes are between them."""
 
 import faulthandler
-import inspect
 import io
 import linecache
 import multiprocessing
@@ -22,9 +21,10 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-import cloudpickle
 import torch
 import torch.distributed as dist
+
+from companion import pickling
 
 RESULT_BYTES = 2**30  # of a pickled result; a larger one is refused before it fills the memory three times over
 _CHATTER = re.compile(r"\[Gloo\] Rank \d+ is connected to")  # what gloo prints whenever a group is made
@@ -197,8 +197,8 @@ def main(control, out, err, payload, cells, variables, start_method, backend, ti
             torch.cuda.set_device(variables["COMPANION_DEVICE"])
         if backend:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-        function, args = map(cloudpickle.loads, payload)
-        send("returned", pack(function(*args), f"the result of rank {rank}", bounded=True))
+        function, args = map(pickling.unpack, payload)
+        send("returned", pickling.pack(function(*args), f"the result of rank {rank}", RESULT_BYTES))
     except BaseException as error:  # whatever it is, it is told; SystemExit too
         send("failed", time.time(), *_explain(error, cells))
     leave.wait()
@@ -246,53 +246,3 @@ def _relay_bars(send: Callable, rank: int) -> None:
 
     bar.__init__, bar.display, bar.close = silent, display, closing
     notebook.tqdm = notebook.tqdm_notebook = bar  # what a function of a notebook's cell means by tqdm
-
-
-class _TooLargeError(Exception):
-    pass
-
-
-class _Bounded(io.BytesIO):
-    def write(self, data) -> int:
-        if self.tell() + memoryview(data).nbytes > RESULT_BYTES:
-            raise _TooLargeError
-        return super().write(data)
-
-
-def pack(thing: object, name: str, bounded: bool = False) -> bytes:
-    """`thing` pickled by value. Raises TypeError that names the part which cannot be, ValueError if it is too large."""
-    file = _Bounded() if bounded else io.BytesIO()
-    try:
-        cloudpickle.dump(thing, file)
-    except _TooLargeError:
-        most = f"{RESULT_BYTES / 2**30:.3g} GiB"
-        raise ValueError(f"{name} is larger than {most}: return less, or save it to a file and return its path") from None
-    except Exception as error:
-        part, kind = _culprit(thing, name)
-        raise TypeError(
-            f"{name} cannot be sent between processes: {part} is a {kind}, which belongs to its process; "
-            "make it inside the function, or leave it out"
-        ) from error
-    return file.getvalue()
-
-
-def _culprit(thing: object, name: str, depth: int = 0) -> tuple[str, str]:
-    """The innermost part of `thing` that cannot be pickled, and its type."""
-    parts: dict[str, object] = {}
-    if inspect.isfunction(thing):
-        used = inspect.getclosurevars(thing)
-        parts = {f"`{n}` in {name}": part for n, part in (used.globals | used.nonlocals).items()}
-    elif inspect.ismethod(thing):
-        parts = {f"the object of {name}": thing.__self__}
-    elif isinstance(thing, dict):
-        parts = {f"{name}[{key!r}]": part for key, part in thing.items()}
-    elif isinstance(thing, (list, tuple, set)):
-        parts = {f"{name}[{i}]": part for i, part in enumerate(thing)}
-    elif not inspect.ismodule(thing):
-        parts = {f"{name}.{attribute}": part for attribute, part in getattr(thing, "__dict__", {}).items()}
-    for inner, part in parts.items() if depth < 8 else ():
-        try:
-            cloudpickle.dumps(part)
-        except Exception:
-            return _culprit(part, inner, depth + 1)
-    return name, type(thing).__name__

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
-from companion import devices
+from companion import devices, stacks
 
 
 def test_auto_takes_the_first_accelerator_that_is_here():
@@ -40,6 +41,7 @@ def test_gpu_that_does_not_exist_is_refused(monkeypatch):
 
 def test_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(devices, "_installed", lambda package: False)
+    monkeypatch.setattr(stacks, "current", lambda: stacks.TABLE[2, 9])
     with pytest.raises(ValueError, match=r"torch_xla is not installed.*accelerating-pytorch\[xla\]"):
         devices.select("xla")
 
@@ -162,3 +164,32 @@ def test_the_machine_shows_as_text_and_as_table():
     for device in map(devices.select, ("cpu",)):
         devices.synchronize(device)
         devices.end_step(device)
+
+
+def test_memory_that_is_kept_is_not_cleared_again(python):
+    code = """
+import resource, sys, torch
+from companion import devices
+if sys.argv[1] == "keep" and not devices.keep_memory():
+    sys.exit(3)
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    runs = [subprocess.run([*python, "-c", code, how], capture_output=True, text=True, cwd=ROOT) for how in ("keep", "default")]
+    if runs[0].returncode == 3:
+        pytest.skip("needs glibc, whose mallopt keep_memory calls")
+    kept, default = (int(run.stdout) for run in runs)
+    assert kept < default / 10
+
+
+def test_the_stack_is_that_of_the_installed_torch(monkeypatch):
+    names = {}
+    for torch_version in ("2.9.0", "2.9.1+cpu", "2.11.0", "2.15.0+cu132", "2.16.0a0"):
+        monkeypatch.setattr(torch, "__version__", torch_version)
+        names[torch_version] = stacks.current().name
+    assert list(names.values()) == ["reference", "reference", "newest", "newest", "newest"]
+    monkeypatch.setattr(devices, "_installed", lambda package: False)
+    with pytest.raises(ValueError, match=r"torch_xla's last release needs torch 2\.9, not 2\.16\.0a0; torch_tpu"):
+        devices.select("xla")

@@ -188,7 +188,8 @@ def test_under_torchrun_a_rank_finds_its_device(monkeypatch):
 
 def test_each_rank_with_a_gpu_of_its_own_uses_nccl(monkeypatch):
     def check(device, world_size, backend="auto"):
-        return launch._check(print, world_size, device, backend, None, 1, 1)
+        where = launch.places(world_size, device)
+        return where, launch._backend(backend, where)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

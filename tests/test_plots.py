@@ -20,6 +20,12 @@ def figures(digits):
         "curves": plots.learning_curves({"one": HISTORY, "two": training.History([2.0])}),
         "confusion": plots.confusion(digits.test.labels, guesses, digits.classes),
         "breakdown": plots.breakdown({"plain": {"data": 3e-3, "forward": 1e-3}, "fast": {"data": 1e-4, "forward": 1e-3}}),
+        "against_theory": plots.against_theory(
+            {"a": ([1, 2, 4], [1.0, 1.8, 3.1], [1.0, 2.0, 4.0])}, "ranks", "speed-up", {"no gain": 1}, {"cores": 2}
+        ),
+        "logarithmic": plots.against_theory({"a": ([1, 1e6], [1e-3, 1e-1], [1e-3, 1e-1])}, "bytes", "time (ms)", log="xy"),
+        "timeline": plots.timeline({"compute": [("forward", 0.0, 0.01)], "send": [("b 0", 0.0, 0.02), ("b 1", 0.01, 0.03)]}),
+        "bars": plots.bars({"size (MiB)": {"a": 1.0, "b": 20.0}, "error": {"a": 1e-7}}, log=("error",)),
         "ladder": plots.ladder({"plain": (1000.0, 0.9), "fast": (4000.0, 0.8)}, ["plain"], {"limit": 5000.0}),
     }
 
@@ -35,7 +41,7 @@ def test_each_figure_draws_and_is_shown_by_nobody_else(figures):
 
 
 def test_axes_have_labels(figures):
-    for name in ("curves", "confusion", "breakdown", "ladder"):
+    for name in figures.keys() - {"images", "guesses"}:
         assert all(axis.get_xlabel() for axis in figures[name].axes), name
 
 
@@ -50,3 +56,11 @@ def test_the_look_does_not_leak():
     before = dict(plt.rcParams)
     plots.learning_curves({"one": HISTORY})
     assert dict(plt.rcParams) == before
+
+
+def test_spans_that_overlap_are_drawn_beside_each_other():
+    (axis,) = plots.timeline({"send": [("b 0", 0.0, 0.02), ("b 1", 0.01, 0.03), ("b 2", 0.02, 0.04)]}).axes
+    rows = [bar.get_paths()[0].get_extents() for bar in axis.collections]
+    assert [round(1e-3 * (row.x1 - row.x0), 3) for row in rows] == [0.02, 0.02, 0.02]
+    assert rows[0].y1 <= rows[1].y0, "the second begins before the first has ended: below it"
+    assert rows[0].y0 == rows[2].y0, "the third finds the first one's place free"

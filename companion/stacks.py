@@ -1,0 +1,26 @@
+"""What depends on the version of torch, decided here and nowhere else."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A set of versions that fit together and that everything is tested on."""
+
+    name: str
+    constraints: str  # the file that pins it
+    has_torch_xla: bool  # torch_xla's last release needs exactly torch 2.9; torch_tpu takes its place
+
+
+TABLE = {
+    (2, 9): Stack("reference", "constraints.txt", has_torch_xla=True),
+    (2, 15): Stack("newest", "constraints-newest.txt", has_torch_xla=False),
+}
+
+
+def current() -> Stack:
+    """The entry for the installed torch; between two entries, the newer one's rules hold."""
+    installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return TABLE[min((version for version in TABLE if version >= installed), default=max(TABLE))]
