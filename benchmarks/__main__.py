@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import import_time, training_loop
+from benchmarks import ddp_speed_up, import_time, launch, training_loop
 from companion import devices, measure
 
 
@@ -11,7 +11,7 @@ def main() -> None:
     devices.set_threads()
     print(devices.describe(), flush=True)
     rows = []
-    for benchmark in (import_time, training_loop):
+    for benchmark in (import_time, training_loop, launch, ddp_speed_up):
         for row in benchmark.measure_all():
             if not rows:
                 print(f"\n| {' | '.join(row)} |\n|{'---|' * len(row)}")

@@ -10,7 +10,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,10 +196,12 @@ def stepper(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Cal
 
 
 def scaling(
-    make: Callable[[], nn.Module], shape: tuple[int, int, int], batch_sizes: Iterable[int], rounds: int = 3
+    make: Callable[[], nn.Module], shape: tuple[int, int, int], batch_sizes: Sequence[int], rounds: int = 3
 ) -> list[Scaling]:
     """Measures `make`'s model on random images of `shape` at each global batch size; the ways take turns in each round."""
     rank, world_size, device = dist.get_rank(), dist.get_world_size(), launch.device()
+    if min(batch_sizes) < world_size:
+        raise ValueError(f"a batch of {min(batch_sizes)} has no share for each of {world_size} ranks")
     rows = []
     for batch_size in batch_sizes:
         generator = torch.Generator().manual_seed(0)
@@ -242,7 +244,8 @@ def crossing(batch_sizes: list[int], speed_ups: list[float], level: float = 1.0)
 def timeline(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, **options: object) -> dict[str, list[tuple]]:
     """When one training step of DDP computes and when it sends: lane -> [(what, start, end)], seconds from its start.
 
-    The step is the third, when DDP has put its buckets into the order in which gradients come.
+    The step is the third, when DDP has put its buckets into the order in which gradients come. On a GPU the times are those
+    at which work was queued.
     """
     spans: dict[str, list[tuple]] = {}
     ddp = wrap(model, **options)

@@ -104,12 +104,12 @@ def run(
     shared = {"MASTER_ADDR": store.host, "MASTER_PORT": store.port, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, "OMP_NUM_THREADS": threads}
     shared |= {name: os.environ.get(name, _loopback()) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
-    ranks = [worker.Rank(number) for number in range(world_size)]
+    ranks, cells = [worker.Rank(number) for number in range(world_size)], _cells()
     try:
         for rank, place in zip(ranks, where, strict=True):
             own = {"RANK": rank.number, "LOCAL_RANK": rank.number, "COMPANION_DEVICE": place}
             variables = dict(os.environ) | {name: str(value) for name, value in (shared | own).items()}
-            rank.start(context, payload, _cells(), variables, method, backend, timeout_seconds)
+            rank.start(context, payload, cells, variables, method, backend, timeout_seconds)
         return _collect(ranks, limit_seconds)
     finally:
         for rank in ranks:
@@ -145,7 +145,7 @@ def _loopback() -> str:
 def _cells() -> dict[str, tuple[str, list[str]]]:
     """The code that is in no file: filename -> (the name that a notebook shows for it, its lines)."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    known = shell.compile.format_code_name if shell else lambda filename: None
+    known = getattr(getattr(shell, "compile", None), "format_code_name", lambda filename: None)  # new in IPython 8
     cells = {name: entry[2] for name, entry in linecache.cache.items() if len(entry) == 4 and not os.path.exists(name)}
     return {name: (" ".join(known(name) or ("File", f'"{name}"')), lines) for name, lines in cells.items()}
 
@@ -154,7 +154,8 @@ def _hear(ranks: list[worker.Rank], seconds: float) -> None:
     """Takes in what the ranks say; waits at most `seconds` for something."""
     sources = {source: rank for rank in ranks for source in rank.sources()}
     for source in wait(list(sources), min(seconds, 3600)):
-        sources[source].hear(source)
+        if source in sources[source].sources():  # still: the end of a rank is heard together with its last words
+            sources[source].hear(source)
 
 
 def _collect(ranks: list[worker.Rank], limit_seconds: float) -> list:

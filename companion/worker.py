@@ -116,7 +116,8 @@ class Rank:
         from tqdm.auto import tqdm
 
         if about is None:
-            self.bars.pop(key).close()
+            if key in self.bars:  # not if it was closed before it was ever shown
+                self.bars.pop(key).close()
             return
         if key not in self.bars:
             self.bars[key] = tqdm(**{name: about[name] for name in ("total", "desc", "unit", "leave")})

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import import_time, training_loop
+from benchmarks import ddp_speed_up, import_time, launch, training_loop
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(training_loop, "SAMPLES", 512)
-    for module in (import_time, training_loop):
+    monkeypatch.setattr(ddp_speed_up, "REPEATS", 1)
+    monkeypatch.setattr(ddp_speed_up, "CASES", [(name, make, (3, 32, 32), 8) for name, make, *_ in ddp_speed_up.CASES])
+    for module in (import_time, training_loop, launch, ddp_speed_up):
         monkeypatch.setattr(module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1))
 
 
@@ -41,5 +43,12 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         "`import companion`",
         "training loop, batch 64",
         "training loop, batch 256",
+        "2 ranks and an all-reduce, warm",
+        "2 ranks and an all-reduce, warm",
+        "2 ranks and an all-reduce, the first launch of a process",
+        "DDP, 2 ranks, ResNet-18, 64 px, batch 128",
+        "DDP, 2 ranks, ResNet-18, 64 px, batch 128, memory kept",
+        "DDP, 2 ranks, LeNet5, batch 2048",
+        "DDP, 2 ranks, LeNet5, batch 2048, memory kept",
     ]
     assert all(row["of the limit"].endswith("%") for row in written["rows"])

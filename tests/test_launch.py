@@ -31,6 +31,15 @@ def test_results_come_by_rank():
     assert all(torch.equal(x, torch.arange(3.0) * 12) for _, x in results)
 
 
+def test_a_function_that_mentions_torch_and_classes_can_be_sent(digits):
+    """cloudpickle then takes torch.classes along, a module of a type that it cannot pickle."""
+
+    def count(splits):
+        return torch.tensor(len(splits.classes)), torch.ops.aten.add(1, 1)
+
+    assert launch.run(count, 1, digits) == [(torch.tensor(10), 2)]
+
+
 def test_one_rank_is_enough():
     assert launch.run(lambda: (dist.get_world_size(), dist.get_backend(), launch.device()), 1) == [
         (1, "gloo", torch.device("cpu"))
@@ -74,6 +83,7 @@ def test_bars_of_rank_0_are_shown_here(capfd, monkeypatch):
     def work():
         from tqdm import tqdm
 
+        tqdm(range(3), delay=60).close()
         with tqdm(range(3), desc=f"work {dist.get_rank()}", mininterval=0, leave=False) as bar:
             for i in bar:
                 bar.set_postfix(i=i)
