@@ -1,6 +1,5 @@
 """Where to run: choosing devices, waiting for them, and describing the machine."""
 
-import ctypes
 import html
 import importlib.util
 import logging
@@ -200,21 +199,6 @@ def set_threads(threads: int | None = None) -> int:
         raise ValueError(f"threads={threads} is not between 1 and the {cores} usable cores")
     torch.set_num_threads(threads)
     return threads
-
-
-def keep_memory() -> bool:
-    """Lets this process keep the memory that it frees, for the next tensors; gives whether its C library can (glibc's).
-
-    By default glibc returns each block of more than 32 MiB to the system, which then clears a new one page by page: in
-    training steps with such tensors that can take as long as the arithmetic. The process stays at its largest size.
-    Source: mallopt(3).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    never_map, never_trim = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, with the largest value that they take
-    return bool(mallopt(never_map, 2**31 - 1)) and bool(mallopt(never_trim, 2**31 - 1))
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def execute(job: Job, folder: Path, cell_seconds: int = 1800, bar: dict | bool =
             str(job.notebook),
             str(output),
             job.parameters,
-            cwd=str(folder),
+            resources={"metadata": {"path": str(folder)}},  # the kernel's folder; papermill's cwd would move all threads
             execution_timeout=cell_seconds,
             progress_bar=bar,
             extra_arguments=["--log-level=ERROR"],  # else each kernel warns on the terminal that 127.0.0.1 is not encrypted

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
 from companion import devices, stacks
 
@@ -164,24 +163,6 @@ def test_the_machine_shows_as_text_and_as_table():
     for device in map(devices.select, ("cpu",)):
         devices.synchronize(device)
         devices.end_step(device)
-
-
-def test_memory_that_is_kept_is_not_cleared_again(python):
-    code = """
-import resource, sys, torch
-from companion import devices
-if sys.argv[1] == "keep" and not devices.keep_memory():
-    sys.exit(3)
-for _ in range(5):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.zeros(2**24)  # 64 MiB
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    runs = [subprocess.run([*python, "-c", code, how], capture_output=True, text=True, cwd=ROOT) for how in ("keep", "default")]
-    if runs[0].returncode == 3:
-        pytest.skip("needs glibc, whose mallopt keep_memory calls")
-    kept, default = (int(run.stdout) for run in runs)
-    assert kept < default / 10
 
 
 def test_the_stack_is_that_of_the_installed_torch(monkeypatch):

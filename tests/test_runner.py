@@ -59,6 +59,18 @@ def call(notebooks, *words) -> int:
     return cli.main([words[0], "--notebooks", str(notebooks), *words[1:]])
 
 
+def test_notebooks_run_in_their_folder_and_this_process_stays_in_its_own(notebooks, tmp_path, monkeypatch):
+    def moved(folder):
+        raise AssertionError(f"all threads were moved to {folder}")
+
+    write(notebooks, "03_where", "import os; print(os.getcwd())")
+    monkeypatch.setattr(os, "chdir", moved)
+    (tmp_path / "out").mkdir()
+    assert runner.execute(runner.Job(notebooks / "03_where.ipynb"), tmp_path / "out") is None
+    executed = nbformat.read(tmp_path / "out" / "03_where.ipynb", 4)
+    assert executed.cells[-1].outputs[0].text == f"{tmp_path / 'out'}\n"
+
+
 def test_a_failing_notebook_stops_no_other_and_the_exit_code_says_so(notebooks, tmp_path, capfd):
     out = tmp_path / "out put"
     assert call(notebooks, "run", "--jobs", "2", "--output", str(out), "-p", "epochs", "7") == 1
