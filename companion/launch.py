@@ -185,7 +185,7 @@ def _whereabouts(ranks: list[worker.Rank], but: worker.Rank | None = None) -> st
     running = [rank for rank in ranks if rank.state == "running" and not rank.failure]
     for rank in running:
         rank.tell("place")
-    end = time.monotonic() + 0.5
+    end = time.monotonic() + 3  # a busy machine needs long to answer; a rank in native code that holds the GIL never does
     while not all(rank.place or rank.failure for rank in running) and (now := time.monotonic()) < end:
         _hear(ranks, end - now)
     said: dict[str, list[str]] = {}

@@ -209,15 +209,15 @@ def unequal_collectives():
 
 
 def too_long():
-    error = failure(sleeps, 3, 1, limit_seconds=1)
+    error = failure(sleeps, 3, 1, limit_seconds=5)  # enough for a busy machine to have started all
     assert error.rank is None
-    assert "time-out: not all ranks returned within 1 s" in str(error)
+    assert "time-out: not all ranks returned within 5 s" in str(error)
     assert "ranks 0, 2 had returned" in str(error)
     assert re.search(r"rank 1 was at .*, in sleeps: time.sleep\(1000\)  # culprit", str(error))
 
 
 def busy():
-    error = failure(spins, 2, 0, limit_seconds=0.5)
+    error = failure(spins, 2, 0, limit_seconds=5)
     assert re.search(r"rank 0 was at .*, in spins: ", str(error))
 
 
