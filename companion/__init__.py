@@ -2,7 +2,10 @@
 
 import importlib
 
-MODULES = ("data", "ddp", "devices", "launch", "measure", "models", "plots", "runner", "scoreboard", "stacks", "training")
+MODULES = (
+    *("data", "data_parallel", "ddp", "devices", "launch", "measure", "model_parallel", "models", "plots", "runner"),
+    *("schedules", "scoreboard", "splitting", "stacks", "training"),
+)
 
 
 def __getattr__(name: str):

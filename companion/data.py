@@ -4,11 +4,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 DIGITS = tuple("0123456789")
@@ -33,6 +34,24 @@ class Splits:
     classes: tuple[str, ...]
     mean: torch.Tensor  # [3, 1, 1]
     std: torch.Tensor  # [3, 1, 1]
+
+
+def load_in_rank(name: str, data_dir: str | Path, seed: int) -> Splits:
+    """`load` in each rank of a process group; rank 0 goes ahead alone where something may have to be downloaded."""
+    if name == "cifar10":
+        if dist.get_rank() == 0:
+            load(name, data_dir, seed)
+        dist.barrier()
+    return load(name, data_dir, seed)
+
+
+def resized(splits: Splits, pixels: int) -> Splits:
+    """The same images as `[N, 3, pixels, pixels]`, interpolated."""
+
+    def larger(split: Split) -> Split:
+        return Split(F.interpolate(split.images, (pixels, pixels), mode="bilinear", align_corners=False), split.labels)
+
+    return replace(splits, train=larger(splits.train), val=larger(splits.val), test=larger(splits.test))
 
 
 def load(name: str = "digits", data_dir: str | Path = "data", seed: int = 0) -> Splits:

@@ -62,10 +62,7 @@ def train(
     if recipe.batch_size % world_size:
         below = [size for size in range(1, world_size) if recipe.batch_size % size == 0]
         raise ValueError(f"world_size={world_size} does not divide batch_size={recipe.batch_size}; use {below[-1]} ranks")
-    if rank == 0:
-        data.load(dataset, data_dir, recipe.seed)  # alone, where it may download; the others then find it
-    dist.barrier()
-    splits = data.load(dataset, data_dir, recipe.seed)
+    splits = data.load_in_rank(dataset, data_dir, recipe.seed)
     training.seed_everything(recipe.seed + rank)  # on purpose not the same: DDP makes the weights equal
     model = wrap(models.create(model_name, classes=len(splits.classes)))
     share = {"rank": rank, "world_size": world_size, "drop_last": True, "seed": recipe.seed}

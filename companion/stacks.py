@@ -22,5 +22,13 @@ TABLE = {
 
 def current() -> Stack:
     """The entry for the installed torch; between two entries, the newer one's rules hold."""
-    installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return TABLE[min((version for version in TABLE if version >= installed), default=max(TABLE))]
+    return TABLE[min((version for version in TABLE if version >= _installed()), default=max(TABLE))]
+
+
+def _installed() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def has_right_pipeline_warm_up() -> bool:
+    """Whether torch.distributed.pipelining's first messages have the same type at both ends, which gloo insists on."""
+    return _installed() >= (2, 13)

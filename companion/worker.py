@@ -215,7 +215,8 @@ def _explain(error: BaseException, cells: dict) -> tuple[str, str, str, bool]:
     text = "".join(traceback.format_exception(type(error), error, trace))
     for filename, (name, _) in cells.items():
         text = text.replace(f'File "{filename}"', name)
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+    reason = f"{type(error).__name__}: {error}".splitlines()[0] + notes
     return reason, text, _place(traceback.extract_tb(trace), cells), bool(_ECHO.search(reason))
 
 

@@ -154,12 +154,13 @@ def test_the_companion_stays_small():
 def test_imports_run_downward_only():
     floors = [
         {"stacks", "devices", "data", "models", "pickling", "worker"},
-        {"training", "measure", "launch", "plots"},
-        {"ddp"},
+        {"training", "measure", "launch", "plots", "schedules", "splitting"},
+        {"data_parallel", "ddp", "model_parallel"},
         {"scoreboard"},
         {"runner"},
         {"__main__"},
     ]
+    techniques = floors[2]
     floor = {name: number for number, names in enumerate(floors) for name in names}
     for path in (ROOT / "companion").glob("*.py"):
         if path.stem == "__init__":
@@ -167,6 +168,7 @@ def test_imports_run_downward_only():
         found = re.findall(r"from companion import (.+)|from companion\.(\w+) import", path.read_text())
         for name in {name.strip() for several, one in found for name in (several or one).split(",")}:
             assert floor[name] <= floor[path.stem], f"{path.stem} imports {name}, which is above it"
+            assert not (path.stem in techniques and name in techniques), f"{path.stem} imports another technique, {name}"
 
 
 def test_citation_and_licence():
