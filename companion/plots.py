@@ -118,7 +118,8 @@ def breakdown(parts: dict[str, dict[str, float]], unit: str = "ms", scale: float
         axis.barh(list(parts), widths, left=left, color=colour, label=name, height=0.6)
         for row, width in enumerate(widths):
             if width > 0.06 * max(sum(seconds.values()) for seconds in parts.values()) * scale:
-                axis.text(left[row] + width / 2, row, f"{width:.2g}", ha="center", va="center", fontsize=9, color="white")
+                text = f"{width:.0f}" if width >= 10 else f"{width:.2g}"
+                axis.text(left[row] + width / 2, row, text, ha="center", va="center", fontsize=9, color="white")
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
@@ -161,14 +162,15 @@ def against_theory(
     marks: dict[str, float] | None = None,
     log: str = "x",
 ) -> Figure:
-    """Points that were measured and a dashed line that theory predicts, for each name: (x, measured, predicted).
+    """Points that were measured and a dashed line that theory predicts, for each name: (x, measured, predicted or nothing).
 
     `levels` and `marks` are named horizontal and vertical lines; `log` names the logarithmic axes, "", "x" or "xy".
     """
     drawn, (axis,) = _axes(1, 8, 3.8)
     for (name, (x, measured, predicted)), colour in zip(series.items(), COLOURS, strict=False):
         axis.plot(x, measured, "o-", color=colour, linewidth=1, label=f"{name}, measured")
-        axis.plot(x, predicted, "--", color=colour, label=f"{name}, predicted")
+        if predicted:
+            axis.plot(x, predicted, "--", color=colour, label=f"{name}, predicted")
     for name, level in (levels or {}).items():
         axis.axhline(level, color="black", linewidth=0.8, linestyle=":")
         axis.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
@@ -186,7 +188,9 @@ def against_theory(
 
 
 @styled
-def timeline(lanes: dict[str, list[tuple[str, float, float]]], colours: dict[str, str] | None = None) -> Figure:
+def timeline(
+    lanes: dict[str, list[tuple[str, float, float]]], colours: dict[str, str] | None = None, title: str | None = None
+) -> Figure:
     """What happened when: lane -> [(what, start, end)], in seconds, drawn in milliseconds; `colours` by the first word."""
     drawn, (axis,) = _axes(1, 9, 0.9 + 0.6 * len(lanes))
     words = list(dict.fromkeys(what.split()[0].rstrip(",") for spans in lanes.values() for what, *_ in spans))
@@ -205,7 +209,7 @@ def timeline(lanes: dict[str, list[tuple[str, float, float]]], colours: dict[str
             axis.broken_barh([(start, length)], (bottom, 0.92 * height), color=colours[what.split()[0].rstrip(",")])
             if length > 0.012 * max(map(len, what.split("\n"))) * width:
                 axis.text(start + length / 2, bottom + 0.46 * height, what, ha="center", va="center", fontsize=8, color="white")
-    axis.set(xlabel="time (ms)", xlim=(0, width), yticks=range(len(lanes)), ylim=(len(lanes) - 0.5, -0.5))
+    axis.set(title=title, xlabel="time (ms)", xlim=(0, width), yticks=range(len(lanes)), ylim=(len(lanes) - 0.5, -0.5))
     axis.set_yticklabels(list(lanes))
     axis.grid(axis="y", visible=False)
     return drawn
@@ -225,4 +229,36 @@ def bars(columns: dict[str, dict[str, float]], log: Sequence[str] = ()) -> Figur
         axis.grid(axis="y", visible=False)
         if axis is not panels[0]:
             axis.set_yticklabels([])
+    return drawn
+
+
+@styled
+def batch_split(batch: Sequence[int], pieces: dict[str, tuple[Sequence[int], Sequence[int]]], joined: Sequence[int]) -> Figure:
+    """How a batch is shared out and comes back: its shape, by replica the shapes that go in and come out, and the joined one."""
+    drawn, (axis,) = _axes(1, 9, 0.8 + 0.9 * len(pieces))
+    axis.axis("off")
+    axis.set(xlim=(0, 10), ylim=(0, 1))
+
+    def box(left: float, bottom: float, width: float, height: float, colour: str, text: str) -> None:
+        axis.add_patch(plt.Rectangle((left, bottom), width, height, color=colour))
+        axis.text(left + width / 2, bottom + height / 2, text, ha="center", va="center", color="white", fontsize=9)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "grey"})
+
+    def size(shape: Sequence[int]) -> str:
+        return " x ".join(map(str, shape))
+
+    box(0, 0.05, 1.7, 0.9, COLOURS[7], f"batch\n{size(batch)}")
+    box(8.3, 0.05, 1.7, 0.9, COLOURS[7], f"outputs\n{size(joined)}")
+    top = 0.95
+    for (name, (given, output)), colour in zip(pieces.items(), COLOURS * len(pieces), strict=False):
+        height = 0.9 * given[0] / batch[0]
+        middle = top - height / 2
+        box(2.6, top - 0.96 * height, 4.8, 0.92 * height, colour, f"{name}\n{size(given)}  \u2192  {size(output)}")
+        arrow((1.7, middle), (2.6, middle))
+        arrow((7.4, middle), (8.3, middle))
+        top -= height
+    for place, word in ((2.15, "scatter"), (5, "replicate, forward"), (7.85, "gather")):
+        axis.text(place, 1, word, ha="center", va="bottom", fontsize=9)
     return drawn

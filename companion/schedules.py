@@ -57,6 +57,18 @@ def bubble(ranks: Sequence[Sequence[Span]]) -> float:
     return 1 - sum(span.end - span.start for span in spans) / (len(ranks) * whole)
 
 
+def lanes(ranks: Sequence[Sequence[Span]]) -> dict[str, list[tuple[str, float, float]]]:
+    """What `plots.timeline` draws: by rank, what was done, on which micro-batch, from when to when; F' is of a second stage."""
+    start = min(span.start for rank in ranks for span in rank)
+    return {
+        f"rank {i}": [
+            (f"{span.kind}{chr(39) * (span.stage // len(ranks))} {span.micro_batch}", span.start - start, span.end - start)
+            for span in rank
+        ]
+        for i, rank in enumerate(ranks)
+    }
+
+
 def in_flight(spans: Sequence[Span]) -> int:
     """The most micro-batches that had gone forward and not yet all the way back, at any time, over the rank's stages."""
     most = now = 0
