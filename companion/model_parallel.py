@@ -26,7 +26,7 @@ class _Stage(pipelining.PipelineStage):
 
     def __init__(self, module: nn.Module, index: int, count: int, device: torch.device, given, handed_on):
         super().__init__(module, index, count, device, input_args=given, output_args=handed_on)
-        self.spans: list[Span] = []
+        self.handed_on, self.spans = handed_on, []
 
     @contextmanager
     def _kept(self, kind: str, micro_batch: int) -> Iterator[None]:
@@ -43,7 +43,10 @@ class _Stage(pipelining.PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args, **kwargs):
         with self._kept("F", fwd_chunk_id):
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+            output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+            if (output.shape, output.dtype) != (self.handed_on.shape, self.handed_on.dtype):  # newer torch would send it
+                raise ValueError(f"the stage gave {tuple(output.shape)}, where its first run gave {tuple(self.handed_on.shape)}")
+            return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args, **kwargs):
         with self._kept("B" if kwargs.get("full_backward", True) else "I", bwd_chunk_id):
@@ -139,7 +142,9 @@ class Pipeline:
         for index in range(self.count):
             answer = [_output(self.own[str(index)], shapes[-1], here, index, self.count) if str(index) in self.own else None]
             dist.broadcast_object_list(answer, src=index % self.ranks)
-            shapes.append(torch.empty(answer[0][0], dtype=answer[0][1], device="meta"))
+            shape, stride, dtype = answer[0]
+            handed_on = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            shapes.append(handed_on.requires_grad_(dtype.is_floating_point))
         staged = here.type == "cuda" and dist.get_backend() == "gloo"
         self.stages = []
         for name, module in self.own.items():
@@ -162,8 +167,8 @@ class Pipeline:
 
 def _output(
     module: nn.Module, given: torch.Tensor, device: torch.device, index: int, count: int
-) -> tuple[torch.Size, torch.dtype]:
-    """Shape and type of what a stage gives; nothing of it is changed."""
+) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    """Shape, strides and type of what a stage gives; nothing of it is changed."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -175,7 +180,7 @@ def _output(
     except Exception as error:
         error.add_note(f"in stage {index} of {count}, first run, on zeros of shape {tuple(given.shape)}")
         raise
-    return output.shape, output.dtype
+    return output.shape, output.stride(), output.dtype
 
 
 @dataclass(frozen=True)
@@ -188,19 +193,21 @@ class Steps:
 
 
 def measure_steps(pipeline: Pipeline, images: torch.Tensor, labels: torch.Tensor, rounds: int = 3) -> Steps:
-    """Steps on one batch, all ranks starting together, after one that warms up and counts bytes."""
-    runs = []
-    with SavedBytes(pipeline.own) as saved:
+    """Steps on one batch, all ranks starting together, after one that warms up and counts bytes (but not the batch's)."""
+    times, spans = [], []
+    with SavedBytes(pipeline.own, images) as saved:
         pipeline.step(images, labels)
     for _ in range(rounds):
         pipeline.own.zero_grad()
         dist.barrier()
         start = time.perf_counter()
-        pipeline.step(images, labels)  # its end, the loss's broadcast, waits for the last stage; the first one ends last
+        pipeline.step(images, labels)
         dist.barrier()
-        runs.append((time.perf_counter() - start, pipeline.spans))
-    seconds, spans = sorted(runs, key=lambda run: run[0])[(rounds - 1) // 2]
-    return Steps(seconds, spans, saved.most)
+        times.append(time.perf_counter() - start)
+        spans.append(pipeline.spans)
+    middle = torch.tensor(sorted(range(rounds), key=times.__getitem__)[(rounds - 1) // 2], device=pipeline.device)
+    dist.broadcast(middle, src=0)  # the same step on all ranks
+    return Steps(times[middle], spans[middle], saved.most)
 
 
 def rehearse(schedule: str, micro_batches: int, slot_seconds: float, rounds: int = 3) -> Steps:

@@ -162,13 +162,16 @@ def against_theory(
     marks: dict[str, float] | None = None,
     log: str = "x",
 ) -> Figure:
-    """Points that were measured and a dashed line that theory predicts, for each name: (x, measured, predicted or nothing).
+    """Points that were measured and a dashed line that theory predicts, for each name: (x, measured, predicted).
+
+    Either may be empty.
 
     `levels` and `marks` are named horizontal and vertical lines; `log` names the logarithmic axes, "", "x" or "xy".
     """
     drawn, (axis,) = _axes(1, 8, 3.8)
     for (name, (x, measured, predicted)), colour in zip(series.items(), COLOURS, strict=False):
-        axis.plot(x, measured, "o-", color=colour, linewidth=1, label=f"{name}, measured")
+        if measured:
+            axis.plot(x, measured, "o-", color=colour, linewidth=1, label=f"{name}, measured")
         if predicted:
             axis.plot(x, predicted, "--", color=colour, label=f"{name}, predicted")
     for name, level in (levels or {}).items():

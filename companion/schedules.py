@@ -143,12 +143,12 @@ def timed_stages(count: int, forward_seconds: float, input_seconds: float, weigh
 class SavedBytes:
     """Counts the bytes that autograd keeps for the backward passes of what runs inside; `most` is their peak.
 
-    Tensors of `model`, which are there anyway, do not count, and memory that several operators save counts once.
+    Tensors of `model` and `others`, which are there anyway, do not count; what several operators save counts once.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *others: torch.Tensor):
         self.now = self.most = 0
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *others)}
         self.holders: dict[int, int] = {}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda holder: holder.tensor)
 

@@ -39,7 +39,7 @@ def _trace(model: nn.Module) -> fx.GraphModule:
         if isinstance(model, nn.Sequential):
             return fx.GraphModule(model, _Tracer(list(model)).trace(model))
         raise SplitError(
-            f"the forward of {type(model).__name__} cannot be followed: {error} "
+            f"the forward of {type(model).__name__} cannot be followed: {error}. "
             "Write the model as an nn.Sequential of modules: those may do what they like inside."
         ) from error
 
@@ -190,26 +190,31 @@ def _bytes(module: nn.Module) -> int:
 
 
 def balanced(layers: Sequence[Layer], stages: int) -> list[str]:
-    """The layers after which to cut so that the slowest of `stages` stages is as fast as can be."""
-    if not 1 <= stages <= len(layers):
-        raise SplitError(f"{len(layers)} layers cannot make {stages} stages; use 1 to {len(layers)}")
-    total = [0.0]
+    """The layers after which to cut so that the slowest of `stages` stages is as fast as can be; each has parameters to train."""
+    learning = sum(layer.parameter_bytes > 0 for layer in layers)
+    if not 1 <= stages <= learning:
+        raise SplitError(f"{learning} layers with parameters cannot make {stages} stages; use 1 to {learning}")
+    seconds, parameters = [0.0], [0]
     for layer in layers:
-        total.append(total[-1] + layer.seconds)
+        seconds.append(seconds[-1] + layer.seconds)
+        parameters.append(parameters[-1] + layer.parameter_bytes)
     # best[n][i]: the slowest of n stages made of the first i layers, and where the last of them begins
-    best = [{0: (0.0, 0)}]
-    for n in range(1, stages + 1):
-        best.append(
-            {
-                i: min((max(best[n - 1][j][0], total[i] - total[j]), j) for j in range(n - 1, i) if j in best[n - 1])
-                for i in range(n, len(layers) + 1)
-            }
-        )
+    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+    for _ in range(stages):
+        ways = {
+            i: [
+                (max(slowest, seconds[i] - seconds[j]), j)
+                for j, (slowest, _) in best[-1].items()
+                if parameters[j] < parameters[i]
+            ]
+            for i in range(1, len(layers) + 1)
+        }
+        best.append({i: min(way) for i, way in ways.items() if way})
     ends, i = [], len(layers)
-    for n in range(stages, 0, -1):
+    for n in range(stages, 1, -1):
         i = best[n][i][1]
-        ends.append(i)
-    return [layers[i - 1].name for i in reversed(ends) if i]
+        ends.append(layers[i - 1].name)
+    return ends[::-1]
 
 
 def stage_seconds(layers: Sequence[Layer], at: Sequence[str]) -> list[float]:

@@ -370,16 +370,16 @@ FAULTS = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(faults: dict = FAULTS, about: str = __doc__) -> int:
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("cases", nargs="*", help="all if none is named")
     arguments = parser.parse_args()
-    names = [name for name in arguments.cases or FAULTS for _ in range(arguments.times)]
+    names = [name for name in arguments.cases or faults for _ in range(arguments.times)]
     random.Random(arguments.seed).shuffle(names)
-    seconds: dict[str, list[float]] = {name: [] for name in FAULTS}
-    failed: dict[str, int] = dict.fromkeys(FAULTS, 0)
+    seconds: dict[str, list[float]] = {name: [] for name in faults}
+    failed: dict[str, int] = dict.fromkeys(faults, 0)
 
     def hung(*_):
         raise AssertionError(f"hung for {HANG_SECONDS} s")
@@ -390,7 +390,7 @@ def main() -> int:
         signal.alarm(HANG_SECONDS)
         try:
             with no_orphans():
-                FAULTS[name]()
+                faults[name]()
         except Exception:
             failed[name] += 1
             print(f"{name}:", traceback.format_exc(), file=sys.stderr)
@@ -398,9 +398,9 @@ def main() -> int:
             signal.alarm(0)
         seconds[name].append(time.monotonic() - start)
     print(f"torch {torch.__version__}, seed {arguments.seed}")
-    for name in [name for name in FAULTS if seconds[name]]:
+    for name in [name for name in faults if seconds[name]]:
         median, most = statistics.median(seconds[name]), max(seconds[name])
-        print(f"{name:22} {len(seconds[name]):3} times, {failed[name]} failed, median {median:5.2f} s, longest {most:5.2f} s")
+        print(f"{name:36} {len(seconds[name]):3} times, {failed[name]} failed, median {median:5.2f} s, longest {most:5.2f} s")
     print(f"{len(names) - sum(failed.values())} passed, {sum(failed.values())} failed")
     return int(any(failed.values()))
 
