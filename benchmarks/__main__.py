@@ -1,18 +1,24 @@
-"""python -m benchmarks: prints the table (Markdown) and writes it with the environment to results/benchmarks.json."""
+"""python -m benchmarks [NAME ...]: prints the table (Markdown) and writes it with the environment to results/benchmarks.json."""
 
+import argparse
+import importlib
 import json
 from pathlib import Path
 
-from benchmarks import ddp_speed_up, import_time, launch, training_loop
 from companion import devices, measure
 
+NAMES = ("import_time", "training_loop", "launch", "ddp_speed_up", "data_parallel", "model_parallel")
 
-def main() -> None:
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="all, if none is named", metavar="NAME")
+    names = parser.parse_args(arguments).names or NAMES
     devices.set_threads()
     print(devices.describe(), flush=True)
     rows = []
-    for benchmark in (import_time, training_loop, launch, ddp_speed_up):
-        for row in benchmark.measure_all():
+    for name in names:
+        for row in importlib.import_module(f"benchmarks.{name}").measure_all():
             if not rows:
                 print(f"\n| {' | '.join(row)} |\n|{'---|' * len(row)}")
             print(f"| {' | '.join(row.values())} |", flush=True)

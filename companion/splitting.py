@@ -154,6 +154,7 @@ def profile(model: nn.Module, images: torch.Tensor, rounds: int = 5) -> list[Lay
     device = images.device
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = [(p, p.grad) for p in model.parameters()]
+    model.zero_grad()  # or they would be added to
     times: list[list[tuple[float, float]]] = [[] for _ in stages]
     sizes = [0] * len(stages)
     for _ in range(rounds + 1):

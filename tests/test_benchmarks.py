@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import ddp_speed_up, import_time, launch, training_loop
+from benchmarks import data_parallel, ddp_speed_up, import_time, launch, model_parallel, training_loop
+
+IDLE = [
+    (name, ranks, pieces)
+    for name in ("gpipe", "1f1b", "interleaved", "zero_bubble")
+    for ranks in (2, 4)
+    for pieces in (4, 8)
+    if (name, ranks, pieces) != ("interleaved", 4, 4)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +22,10 @@ def _small(monkeypatch):
     monkeypatch.setattr(training_loop, "SAMPLES", 512)
     monkeypatch.setattr(ddp_speed_up, "REPEATS", 1)
     monkeypatch.setattr(ddp_speed_up, "CASES", [(name, make, (3, 32, 32), 8) for name, make, *_ in ddp_speed_up.CASES])
-    for module in (import_time, training_loop, launch, ddp_speed_up):
+    monkeypatch.setattr(data_parallel, "CASES", [(name, make, shape, 4) for name, make, shape, _ in data_parallel.CASES])
+    monkeypatch.setattr(model_parallel, "BATCH_SIZE", 32)
+    monkeypatch.setattr(model_parallel, "SLOT_SECONDS", 0.001)
+    for module in (import_time, training_loop, launch, ddp_speed_up, data_parallel, model_parallel):
         monkeypatch.setattr(module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1))
 
 
@@ -35,7 +46,7 @@ def test_the_three_ways_take_the_same_number_of_steps(monkeypatch):
 
 def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    benchmarks.main()
+    benchmarks.main([])
     printed = capfd.readouterr().out
     assert "| what | plain | ours | limit | against plain | of the limit |" in printed
     written = json.loads((tmp_path / "results" / "benchmarks.json").read_text())
@@ -48,5 +59,12 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         "2 ranks and an all-reduce, the first launch of a process",
         "DDP, 2 ranks, ResNet-18, 64 px, batch 128",
         "DDP, 2 ranks, LeNet5, batch 2048",
+        "2 replicas in threads, AlexNet, 64 px, batch 64",
+        "scatter, replicate, gather, AlexNet, 64 px, batch 64",
+        "2 replicas in threads, LeNet5, batch 256",
+        "scatter, replicate, gather, LeNet5, batch 256",
+        *(f"idle, {name}, {ranks} ranks, {pieces} micro-batches" for name, ranks, pieces in IDLE),
+        *[row["what"].split(" (")[0] for row in written["rows"] if "2 stages cut after" in row["what"]],
     ]
-    assert all(row["of the limit"].endswith("%") for row in written["rows"])
+    assert sum("2 stages cut after" in row["what"] for row in written["rows"]) == 2
+    assert all(row["of the limit"].endswith(("%", " points", "-")) for row in written["rows"])

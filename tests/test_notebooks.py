@@ -32,6 +32,25 @@ MUTATIONS = {
                 [x for x, _ in plain(self)], [y.roll(1) for _, y in plain(self)]))(data.Batches.__iter__)
         """,
     },
+    "02_data_parallel": {
+        "only the first replica learns": """
+            right = data_parallel.replicate
+            def replicate(module, places):
+                return [module] + [copy.deepcopy(module) for _ in places[1:]]
+            data_parallel.replicate = replicate
+        """,
+        "replicas' outputs come in another order": """
+            right = data_parallel.gather
+            data_parallel.gather = lambda outputs, place: right(outputs[::-1], place)
+        """,
+        "what is named goes to every replica whole": """
+            right = data_parallel.scatter
+            def scatter(inputs, places):
+                args, kwargs = inputs
+                return [(piece[0], kwargs) for piece in right((args, {}), places)]
+            data_parallel.scatter = scatter
+        """,
+    },
     "03_ddp": {
         "nothing is averaged": """
             class DDP(nn.Module):
@@ -49,6 +68,21 @@ MUTATIONS = {
                     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
                 wrapped.register_comm_hook(None, add)
                 return wrapped
+        """,
+    },
+    "04_model_parallel": {
+        "the last micro-batch is dropped, the first comes twice": """
+            class Pipeline(model_parallel.Pipeline):
+                def step(self, images, labels):
+                    piece = len(images) // self.micro_batches
+                    twice = (torch.cat([part[:piece], part[:-piece]]) for part in (images, labels))
+                    return super().step(*twice)
+        """,
+        "micro-batches are added up, not averaged": """
+            class Pipeline(model_parallel.Pipeline):
+                def __init__(self, stages, schedule, micro_batches):
+                    loss = lambda output, labels: micro_batches * F.cross_entropy(output, labels)
+                    super().__init__(stages, schedule, micro_batches, loss)
         """,
     },
 }

@@ -1,0 +1,177 @@
+"""Replicas in threads compute what the one model does, whatever the inputs look like."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from companion import data_parallel, ddp, models
+from companion.data_parallel import ThreadedDataParallel
+
+
+def gradients(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+    return ddp.gradients(model)
+
+
+def wrapped(model: nn.Module, replicas: int = 2) -> ThreadedDataParallel:
+    return ThreadedDataParallel(copy.deepcopy(model), ["cpu"] * replicas)
+
+
+@pytest.mark.parametrize(("replicas", "count"), [(1, 8), (2, 8), (2, 7), (3, 8), (3, 2), (2, 1)])
+def test_gradients_are_those_of_the_model(replicas, count, digits):
+    """In float32, with sums in another order."""
+    net, (images, labels) = models.LeNet5(), digits.train
+    threaded = wrapped(net, replicas)
+    expected = gradients(net, images[:count], labels[:count])
+    found = gradients(threaded, images[:count], labels[:count])
+    assert found.shape == expected.shape
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_outputs_come_in_order_and_in_shape():
+    net, x = nn.Linear(3, 2), torch.randn(7, 3)
+    assert torch.allclose(wrapped(net, 3)(x), net(x), atol=1e-6)
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 3)
+
+    def forward(self, pair, *more, scale=1.0, table=None):
+        left, right = pair
+        assert table is None or table["rows"].shape[0] == left.shape[0]
+        return {"sum": self.net(left + right) * scale, "more": [extra * 2 for extra in more], "nothing": None}
+
+
+def test_nested_and_named_inputs_and_outputs():
+    net, x, y, z = Nested(), torch.randn(5, 3), torch.randn(5, 3), torch.arange(5)
+    options = {"scale": torch.tensor(2.0), "table": {"rows": torch.ones(5, 1)}}
+    found, expected = wrapped(net)((x, y), z, **options), net((x, y), z, **options)
+    assert torch.allclose(found["sum"], expected["sum"], atol=1e-6)
+    assert torch.equal(found["more"][0], torch.arange(5) * 2)
+    assert found["nothing"] is None
+
+
+def test_scalars_come_back_one_for_each_replica():
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean()
+
+    assert torch.equal(wrapped(Mean(), 3)(torch.arange(5.0)), torch.tensor([0.5, 2.5, 4.0]))
+
+
+def test_inputs_that_disagree_are_refused():
+    with pytest.raises(ValueError, match=r"one batch dimension; tensors have the shapes \[\(4, 2\), \(3, 2\)\]"):
+        data_parallel.scatter((torch.ones(4, 2), torch.ones(3, 2)), [torch.device("cpu")] * 2)
+    with pytest.raises(ValueError, match=r"shapes \[\]"):
+        data_parallel.scatter((3, torch.tensor(1.0)), [torch.device("cpu")])
+
+
+def test_outputs_that_cannot_be_joined_are_refused():
+    class Length(nn.Module):
+        def forward(self, x):
+            return len(x)
+
+    with pytest.raises(TypeError, match="outputs of type int cannot be joined"):
+        wrapped(Length())(torch.ones(4))
+
+
+def test_devices_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="'cuda:99' is not available"):
+        ThreadedDataParallel(nn.Linear(2, 2), ["cpu", "cuda:99"])
+
+
+def test_what_a_replica_raises_says_where():
+    class Picky(nn.Module):
+        def forward(self, x):
+            if (x < 0).any():
+                raise ZeroDivisionError("negative")
+            return x
+
+    with pytest.raises(ZeroDivisionError, match="negative") as caught:
+        wrapped(Picky(), 2)(torch.tensor([1.0, 1.0, -1.0]))
+    assert caught.value.__notes__ == ["in replica 1 of 2, on cpu, with inputs of shape (1,)"]
+
+
+def test_only_the_first_piece_moves_running_statistics():
+    norm = nn.BatchNorm1d(2)
+    threaded, x = wrapped(norm, 2), torch.randn(10, 2)
+    threaded(x)
+    norm(x[:5])
+    assert torch.equal(threaded.module.running_mean, norm.running_mean)
+    assert int(threaded.module.num_batches_tracked) == 1
+
+
+def test_modes_reach_every_replica():
+    class Look(nn.Module):
+        def forward(self, x):
+            seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self.training, (x @ x.T).dtype))
+            return x
+
+    seen = []
+    threaded, x = ThreadedDataParallel(Look(), ["cpu", "cpu"]), torch.ones(4, 4)
+    threaded.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        threaded(x)
+    with torch.inference_mode():
+        threaded(x)
+    threaded.train()(x)
+    assert seen[:2] == [(False, False, False, torch.bfloat16)] * 2
+    assert seen[2:4] == [(False, True, False, torch.float32)] * 2
+    assert seen[4:] == [(True, False, True, torch.float32)] * 2
+
+
+def test_threads_are_put_back():
+    torch.set_num_threads(2)
+    ThreadedDataParallel(nn.Linear(2, 2), ["cpu", "cpu"], threads=1)(torch.ones(4, 2))
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.LSTM(4, 3, 2, batch_first=True), (6, 5, 4)),
+        (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2), (6, 5, 8)),
+    ],
+)
+def test_other_architectures(make, shape):
+    """An LSTM keeps its weights in a list besides; a transformer has views and buffers."""
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make()
+
+        def forward(self, x):
+            output = self.net(x)
+            return output[0] if isinstance(output, tuple) else output
+
+    net, x = First(), torch.randn(*shape)
+    threaded = wrapped(net)
+    net(x).pow(2).mean().backward()
+    threaded(x).pow(2).mean().backward()
+    assert torch.allclose(ddp.gradients(threaded), ddp.gradients(net), atol=1e-6)
+    assert ddp.gradients(net).norm() > 0
+
+
+def test_tied_weights_stay_tied():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    replica = data_parallel.replicate(net, [torch.device("cpu")] * 2)[1]
+    assert replica[1].weight is replica[0].weight
+    assert replica[0].weight is not net[0].weight
+
+
+def test_parts_of_a_step_and_the_prediction():
+    net, x, y = models.LeNet5(), torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)
+    plain, threaded = data_parallel.step_parts(net, x, y, 2), data_parallel.step_parts(wrapped(net), x, y, 2)
+    assert list(plain) == ["forward", "backward"]
+    assert list(threaded) == ["scatter", "replicate", "forward", "gather", "backward"]
+    assert all(seconds > 0 for seconds in (*plain.values(), *threaded.values()))
+    times = {"scatter": 1.0, "replicate": 2.0, "forward": 99.0, "gather": 3.0, "backward": 99.0}
+    assert data_parallel.predicted_step({"forward": 10.0, "backward": 20.0}, times, 2) == 5 + 20 + 6
