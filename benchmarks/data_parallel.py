@@ -1,6 +1,6 @@
 """Two replicas in threads, two ranks of DDP, and one process, each worker with one thread, at the same batch.
 
-The limit is what Amdahl's law leaves when only the forward pass is shared out, as on a CPU. What copying takes is a row of its own.
+The limit is what Amdahl's law leaves when only the forward pass is shared out, as on a CPU. What copying takes is another row.
 """
 
 import statistics

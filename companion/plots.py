@@ -209,9 +209,17 @@ def timeline(
         for what, start, length, level in places:
             height = 0.8 / len(levels)
             bottom = row - 0.4 + level * height
-            axis.broken_barh([(start, length)], (bottom, 0.92 * height), color=colours[what.split()[0].rstrip(",")])
-            if length > 0.012 * max(map(len, what.split("\n"))) * width:
-                axis.text(start + length / 2, bottom + 0.46 * height, what, ha="center", va="center", fontsize=8, color="white")
+            look = {"facecolor": colours[what.split()[0].rstrip(",")], "edgecolor": "white", "linewidth": 0.5}
+            axis.broken_barh([(start, length)], (bottom, 0.92 * height), **look)
+            short = what if "\n" in what else what.split()[-1]  # a micro-batch's number fits where its name does not
+            for text in (what, short):
+                if length > 0.012 * max(map(len, text.split("\n"))) * width:
+                    axis.text(
+                        start + length / 2, bottom + 0.46 * height, text, ha="center", va="center", fontsize=8, color="white"
+                    )
+                    break
+    if title:
+        drawn.legend([plt.Rectangle((0, 0), 1, 1, color=colours[word]) for word in words], words, loc="outside right upper")
     axis.set(title=title, xlabel="time (ms)", xlim=(0, width), yticks=range(len(lanes)), ylim=(len(lanes) - 0.5, -0.5))
     axis.set_yticklabels(list(lanes))
     axis.grid(axis="y", visible=False)
