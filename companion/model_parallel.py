@@ -283,15 +283,16 @@ def main() -> None:
     for name, default in (own | of_recipe).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"({default})")
     arguments = vars(parser.parse_args())
-    dist.init_process_group("nccl" if launch.device().type == "cuda" else "gloo")
+    if on_gpu := launch.device().type == "cuda":
+        torch.cuda.set_device(launch.device())  # where nccl puts what it sends by itself
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     recipe = training.Recipe(**{name: arguments[name] for name in of_recipe})
     options = {name: arguments[name] for name in ("schedule", "micro_batches", "pixels")}
-    trained = train(
-        arguments["dataset"], arguments["data_dir"], recipe, **options, options={"width": arguments["width"]}, progress=False
-    )
+    options |= {"options": {"width": arguments["width"]}, "progress": False}
+    trained = train(arguments["dataset"], arguments["data_dir"], recipe, **options)
     if dist.get_rank() == 0:
-        speed = trained.history.samples_per_second
-        print(f"{dist.get_world_size()} ranks: test accuracy {trained.accuracy:.2%}, {speed:,.0f} samples/s")
+        what = f"test accuracy {trained.accuracy:.2%}, {trained.history.samples_per_second:,.0f} samples/s"
+        print(f"{dist.get_world_size()} ranks: {what}")
     dist.destroy_process_group()
 
 

@@ -30,17 +30,18 @@ from torch.utils.data import DataLoader
 from companion import launch
 
 HANG_SECONDS = 60
+MARK = "COMPANION_TESTS"  # in the environment of all that these tests start; other tests may run on this machine
+os.environ.setdefault(MARK, str(os.getpid()))
 SLEEP = "86399"  # an argument of `sleep` by which its process can be told
 
 
 def ours() -> set[int]:
-    """Processes of the launcher's kind: forked from a forkserver, with what they forked, and marked sleepers."""
+    """Processes that come from this one: forked from a forkserver, with what they forked, and marked sleepers."""
     found = set()
-    for process in psutil.process_iter(["cmdline", "status"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if ("multiprocessing.forkserver" in words or f"sleep {SLEEP}" in words) and process.info[
-            "status"
-        ] != psutil.STATUS_ZOMBIE:
+    for process in psutil.process_iter(["cmdline", "status", "environ"]):
+        words, theirs = " ".join(process.info["cmdline"] or []), (process.info["environ"] or {}).get(MARK)
+        kind = "multiprocessing.forkserver" in words or f"sleep {SLEEP}" in words
+        if kind and theirs == os.environ[MARK] and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.add(process.pid)
     return found
 
