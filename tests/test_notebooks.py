@@ -43,13 +43,6 @@ MUTATIONS = {
             right = data_parallel.gather
             data_parallel.gather = lambda outputs, place: right(outputs[::-1], place)
         """,
-        "what is named goes to every replica whole": """
-            right = data_parallel.scatter
-            def scatter(inputs, places):
-                args, kwargs = inputs
-                return [(piece[0], kwargs) for piece in right((args, {}), places)]
-            data_parallel.scatter = scatter
-        """,
     },
     "03_ddp": {
         "nothing is averaged": """
