@@ -107,7 +107,7 @@ def test_collect_gives_every_rank_every_stage():
     assert launch.run(collected, 2) == [[1.0, 1.0, 2.0]] * 2
 
 
-def test_gradients_add_up_over_steps():
+def test_zero_grad_between_steps_starts_again():
     def twice():
         stages = [nn.Linear(4, 4), nn.Linear(4, 2)]
         own, pipeline = stages[dist.get_rank()], Pipeline(stages, "1f1b", 2)
@@ -118,7 +118,7 @@ def test_gradients_add_up_over_steps():
         pipeline.step(x, labels)
         return torch.equal(own.weight.grad, once)
 
-    assert launch.run(twice, 2) == [True, True], "zero_grad between steps works as ever"
+    assert launch.run(twice, 2) == [True, True]
 
 
 def test_a_stage_on_a_device_sends_through_main_memory():
@@ -172,7 +172,7 @@ def test_faults(case):
         pipeline_faults.FAULTS[case]()
 
 
-def test_a_copy_of_the_model_is_not_changed_by_cutting():
+def test_cutting_leaves_the_model_as_it_was():
     model = small()
     before = copy.deepcopy(model.state_dict())
     splitting.split(model, AT[4])

@@ -112,14 +112,14 @@ def made(*seconds: float) -> list[Layer]:
 def test_cuts_are_balanced():
     layers = made(5, 1, 1, 1, 2, 4)
     assert splitting.balanced(layers, 1) == []
-    assert splitting.balanced(layers, 2) == ["layer1"] or splitting.balanced(layers, 2) == ["layer2"]
-    assert splitting.stage_seconds(layers, splitting.balanced(layers, 2)) in ([pytest.approx(6), pytest.approx(8)], [7, 7])
+    assert splitting.balanced(layers, 2) == ["layer2"]
+    assert splitting.stage_seconds(layers, ["layer2"]) == pytest.approx([7, 7])
     assert splitting.stage_seconds(layers, splitting.balanced(layers, 3)) == pytest.approx([5, 5, 4])
     assert splitting.stage_seconds(layers, []) == pytest.approx([14])
 
 
 def test_every_stage_has_something_to_train():
     layers = [Layer("a", 1, 1, 4, 4), Layer("b", 9, 9, 0, 4), Layer("c", 9, 9, 0, 4), Layer("d", 1, 1, 4, 4)]
-    assert splitting.balanced(layers, 2) in (["b"], ["c"], ["a"])
+    assert splitting.balanced(layers, 2) == ["b"], "the best cut that leaves parameters on both sides"
     with pytest.raises(SplitError, match="2 layers with parameters cannot make 3 stages; use 1 to 2"):
         splitting.balanced(layers, 3)
