@@ -7,7 +7,7 @@ from pathlib import Path
 
 from companion import devices, measure
 
-NAMES = ("import_time", "training_loop", "launch", "ddp_speed_up", "data_parallel", "model_parallel")
+NAMES = ("import_time", "training_loop", "launch", "ddp_speed_up", "data_parallel", "model_parallel", "tpu")
 
 
 def main(arguments: list[str] | None = None) -> None:

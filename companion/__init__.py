@@ -4,7 +4,7 @@ import importlib
 
 MODULES = (
     *("data", "data_parallel", "ddp", "devices", "launch", "measure", "model_parallel", "models", "plots", "runner"),
-    *("schedules", "scoreboard", "splitting", "stacks", "training"),
+    *("schedules", "scoreboard", "splitting", "stacks", "stored", "tpu", "training"),
 )
 
 

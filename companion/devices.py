@@ -69,6 +69,8 @@ def why_not(kind: str) -> str | None:
         return "torch_xla is not installed; it needs Linux x86-64: pip install 'accelerating-pytorch[xla]'"
     if kind == "xla" and os.environ.get("PJRT_DEVICE") == "TPU" and not tpu_chips():
         return "PJRT_DEVICE=TPU is set, but there is no TPU chip and torch_xla would wait for one for ever"
+    if kind == "xla" and not torch.__version__.startswith(f"{(needs := '.'.join(version('torch_xla').split('.')[:2]))}."):
+        return f"the installed torch_xla needs torch {needs}, not {torch.__version__}: pip install 'accelerating-pytorch[xla]'"
     if kind == "tpu" and not tpu_chips():
         return "no TPU chip was found on the PCI bus"
     if kind == "tpu" and not (_installed("torch_tpu") or _installed("torch_xla")):

@@ -233,7 +233,7 @@ def bars(columns: dict[str, dict[str, float]], log: Sequence[str] = ()) -> Figur
     drawn, panels = _axes(len(columns), 9, 1.0 + 0.34 * len(rows))
     for axis, (title, values), colour in zip(panels, columns.items(), COLOURS * len(columns), strict=False):
         drawn_bars = axis.barh(rows, [values.get(name, 0.0) for name in rows], color=colour, height=0.65)
-        axis.bar_label(drawn_bars, [f"{values[name]:.3g}" if name in values else "" for name in rows], padding=3, fontsize=9)
+        axis.bar_label(drawn_bars, [_short(values[name]) if name in values else "" for name in rows], padding=3, fontsize=9)
         axis.set(xlabel=title, xscale="log" if title in log else "linear")
         axis.margins(x=0.25)
         axis.invert_yaxis()
@@ -241,6 +241,10 @@ def bars(columns: dict[str, dict[str, float]], log: Sequence[str] = ()) -> Figur
         if axis is not panels[0]:
             axis.set_yticklabels([])
     return drawn
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 @styled

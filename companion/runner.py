@@ -207,10 +207,16 @@ def store(notebook: Path, folder: Path) -> str | None:
 
     Gives the error in a line, and leaves the notebook as it was, if it fails.
     """
+    from companion import stored
     from companion.measure import environment
 
     folder.mkdir(parents=True, exist_ok=True)
-    if error := execute(Job(notebook), folder):
+    os.environ[stored.KEEP] = "1"
+    try:
+        error = execute(Job(notebook), folder)
+    finally:
+        del os.environ[stored.KEEP]
+    if error:
         return error
     before, after = nbformat.read(notebook, 4), nbformat.read(folder / notebook.name, 4)
     for cell, run_cell in zip(before.cells, after.cells, strict=True):

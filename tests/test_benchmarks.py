@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import data_parallel, ddp_speed_up, import_time, launch, model_parallel, training_loop
+from benchmarks import data_parallel, ddp_speed_up, import_time, launch, model_parallel, tpu, training_loop
+from companion import devices
 
 IDLE = [
     (name, ranks, pieces)
@@ -15,6 +16,11 @@ IDLE = [
     for pieces in (4, 8)
     if (name, ranks, pieces) != ("interleaved", 4, 4)
 ]
+
+XLA = ["XLA on CPU, LeNet5"]
+if devices.why_not("xla") is None:
+    XLA = ["XLA on CPU, LeNet5, batch 64", "compilations of 20 steps"]
+    XLA += [f"steps lost in 20 to: {name}" for name in tpu.MISTAKES]
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +31,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(data_parallel, "CASES", [(name, make, shape, 4) for name, make, shape, _ in data_parallel.CASES])
     monkeypatch.setattr(model_parallel, "BATCH_SIZE", 32)
     monkeypatch.setattr(model_parallel, "SLOT_SECONDS", 0.001)
-    for module in (import_time, training_loop, launch, ddp_speed_up, data_parallel, model_parallel):
+    for module in (import_time, training_loop, launch, ddp_speed_up, data_parallel, model_parallel, tpu):
         monkeypatch.setattr(module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1))
 
 
@@ -65,6 +71,7 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         "scatter, replicate, gather, LeNet5, batch 256",
         *(f"idle, {name}, {ranks} ranks, {pieces} micro-batches" for name, ranks, pieces in IDLE),
         *[row["what"].split(" (")[0] for row in written["rows"] if "2 stages cut after" in row["what"]],
+        *XLA,
     ]
     assert sum("2 stages cut after" in row["what"] for row in written["rows"]) == 2
     assert all(row["of the limit"].endswith(("%", " points", "-")) for row in written["rows"])

@@ -154,8 +154,8 @@ def test_the_companion_stays_small():
 def test_imports_run_downward_only():
     floors = [
         {"stacks", "devices", "data", "models", "pickling", "worker"},
-        {"training", "measure", "launch", "plots", "schedules", "splitting"},
-        {"data_parallel", "ddp", "model_parallel"},
+        {"training", "measure", "launch", "plots", "schedules", "splitting", "stored"},
+        {"data_parallel", "ddp", "model_parallel", "tpu"},
         {"scoreboard"},
         {"runner"},
         {"__main__"},
