@@ -8,7 +8,7 @@ from pathlib import Path
 
 from companion import measure
 
-FOLDER = Path(__file__).parent / "stored_results"
+FOLDER = Path(__file__).parent / "stored-results"  # a hyphen, so that it is no package
 KEEP = "COMPANION_KEEP_RESULTS"  # the environment variable under which `companion store` has results written here
 
 
