@@ -112,7 +112,7 @@ def test_repo2docker_understands_binder(tmp_path, python):
 def test_installing_beside_an_existing_torch_changes_nothing(python, tmp_path):
     command = ["-m", "pip", "install", "--dry-run", "--quiet", "--no-build-isolation", "--report", str(tmp_path / "report.json")]
     copy = tmp_path / "project"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "results", "data", "build", "*.egg-info"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", ".git", "results", "data", "build", "*.egg-info"))
     subprocess.run([*python, *command, str(copy)], check=True, cwd=tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     assert [entry["metadata"]["name"] for entry in report["install"]] == [PROJECT["name"]]
