@@ -25,7 +25,7 @@ def result(notebook: str, name: str, compute: Callable[[], object], without: str
         if os.environ.get(KEEP):
             environment = measure.environment()
             about = {"date": time.strftime("%Y-%m-%d"), "cpu": environment["cpu"], "versions": environment["versions"]}
-            text = json.dumps({**kept, name: {**about, "value": value}}, indent=1, sort_keys=True)
+            text = json.dumps({**kept, name: {**about, "value": value}}, indent=1)
             path.write_text(text + "\n")
         return value
     if name not in kept:

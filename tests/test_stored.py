@@ -20,7 +20,7 @@ def test_a_result_is_kept_only_when_asked_for(folder, monkeypatch, capsys):
     assert not list(folder.iterdir())
     monkeypatch.setenv(stored.KEEP, "1")
     stored.result("01", "sum", lambda: 3, None)
-    stored.result("01", "product", lambda: 4, None)
+    stored.result("01", "order", lambda: {"b": 4, "a": 5}, None)
     assert capsys.readouterr().out == ""
     monkeypatch.delenv(stored.KEEP)
 
@@ -28,10 +28,11 @@ def test_a_result_is_kept_only_when_asked_for(folder, monkeypatch, capsys):
         raise AssertionError("it must not be called")
 
     assert stored.result("01", "sum", impossible, "no TPU") == 3
-    said = capsys.readouterr().out
-    assert said.startswith("not run here: no TPU. STORED result of 20")
-    assert "torch " in said
-    assert said.count("\n") == 1
+    assert list(stored.result("01", "order", impossible, "no TPU")) == ["b", "a"], "in the order that figures will show"
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2, "a line for each result"
+    assert said[0].startswith("not run here: no TPU. STORED result of 20")
+    assert "torch " in said[0]
 
 
 def test_what_was_never_stored_is_an_error(folder):
