@@ -154,6 +154,11 @@ def diagnose(step: Callable, batches: Iterable) -> Diagnosis:
             operator = re.search(r"aten::\w+", str(error))
             reason = f"{operator[0] if operator else error} does not exist on XLA"
             raise RuntimeError(f"step {done}: {reason} [{_line(error.__traceback__)}]: do that on the CPU, before") from error
+        except RuntimeError as error:
+            if "device_ready_queues_" not in str(error):
+                raise
+            first = "XLA was asked for after a backward pass on the CPU had counted the devices"
+            raise RuntimeError(f"{first}: start again with devices.select('xla') before it") from error
         synced = counts().steps > before.steps
         devices.synchronize(device)
         for kind, text, place in watch.seen:

@@ -257,3 +257,17 @@ def test_the_graph_is_what_was_recorded_and_not_run():
     lines, did = child(_recorded)
     assert [name for line in lines for name in ("aten::mm", "aten::relu") if name in line] == ["aten::mm", "aten::relu"]
     assert (did.compilations, did.executions, did.transfers) == (1, 1, 1)
+
+
+def _too_late():
+    torch.ones(1, requires_grad=True).sum().backward()
+    weight = torch.ones(3, requires_grad=True, device=devices.select("xla"))
+    try:
+        tpu.diagnose(lambda x: (weight * x).sum().backward(), [torch.ones(3)])
+    except RuntimeError as error:
+        return str(error)
+
+
+@XLA
+def test_asking_for_xla_too_late_is_explained():
+    assert child(_too_late).startswith("XLA was asked for after a backward pass on the CPU had counted the devices: start again")
