@@ -42,8 +42,8 @@ MUTATIONS = {
             torch_xla.step = contextlib.nullcontext
         """,
         "the mesh learns from other batches": """
-            right = tpu.spmd
-            tpu.spmd = lambda count, function, weights, model, batches: right(count, function, weights, model, batches[::-1])
+            spmd = tpu.spmd
+            tpu.spmd = lambda count, function, weights, model, batches: spmd(count, function, weights, model, batches[::-1])
         """,
     },
     "02_data_parallel": {
