@@ -18,11 +18,13 @@ export JUPYTER_RUNTIME_DIR := $(HOME_OF_TOOLS)/jupyter-runtime
 export MPLCONFIGDIR := $(HOME_OF_TOOLS)/matplotlib
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: run test lab bench store doctor clean help
+.PHONY: run test test-all test-units begin-test lint units notebooks-in-other-ways nbval lab bench store doctor clean help
 
 help:
 	@echo "make run     run all notebooks; executed copies and a report go to results/"
-	@echo "make test    lint, unit tests, and every notebook twice"
+	@echo "make test    lint, unit tests, and every notebook in several ways; with NB=03, one notebook and its module"
+	@echo "make test-units    lint and unit tests"
+	@echo "make test-all STACK=newest    on the newest stack too, all that the reference stack is tested with"
 	@echo "make lab     open the notebooks in JupyterLab"
 	@echo "make doctor  what can run here at full strength"
 	@echo "make bench   the speed claims, measured here"
@@ -36,12 +38,43 @@ $(READY): pyproject.toml $(CONSTRAINTS.$(STACK)) setup.sh
 run: $(READY)
 	@$(PYTHON_IN) -m companion run
 
-test: $(READY)
+# The newest stack: what touches torch, and each notebook once with few repetitions. EVERYTHING=yes: as on the reference stack.
+EVERYTHING ?= $(if $(filter reference,$(STACK)),yes)
+SELECT := $(if $(EVERYTHING),,-m "not once")
+# NB=03: one notebook and its module.
+NB ?=
+NAME := $(if $(NB),$(or $(basename $(notdir $(wildcard notebooks/$(NB)_*.ipynb))),$(error NB=$(NB) is no notebook)))
+UNITS := $(if $(NB),$(wildcard tests/test_$(patsubst $(NB)_%,%,$(NAME)).py),tests --ignore tests/test_notebooks.py)
+# Two at a time, a thread each; threads that wait do not spin, and XLA compiles fast instead of well.
+JOBS ?= 2
+QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE XLA_FLAGS=--xla_backend_optimization_level=0
+PYTEST := $(QUIET) $(PYTHON_IN) -m pytest -n $(JOBS)
+
+test: $(READY) begin-test lint units notebooks-in-other-ways nbval
+	@$(PYTHON_IN) -m tests.times
+
+test-all: $(READY)
+	@$(MAKE) --no-print-directory test EVERYTHING=yes
+
+test-units: $(READY) begin-test lint units
+	@$(PYTHON_IN) -m tests.times
+
+begin-test: $(READY)
+	@$(PYTHON_IN) -m tests.times --start
+
+lint: $(READY)
 	$(PYTHON_IN) -m ruff check .
 	$(PYTHON_IN) -m ruff format --check .
-	$(PYTHON_IN) -m pytest tests
-	@rm -rf results/nbval && mkdir -p results/nbval && cp notebooks/*.ipynb results/nbval/
-	$(PYTHON_IN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 results/nbval
+
+units: $(READY) lint
+	$(if $(UNITS),$(PYTEST) --dist loadfile $(SELECT) $(UNITS))
+
+notebooks-in-other-ways: $(READY) units
+	$(if $(EVERYTHING),$(PYTEST) --dist load tests/test_notebooks.py $(if $(NB),-k $(NAME)))
+
+nbval: $(READY) notebooks-in-other-ways
+	@$(PYTHON_IN) -m tests.nbval_copies $(if $(EVERYTHING),,--fewer) $(NB)
+	$(PYTEST) --dist loadscope -p tests.nbval_copies --nbval-lax --nbval-current-env --nbval-cell-timeout=900 results/nbval
 
 lab: $(READY)
 	@$(PYTHON_IN) -m jupyterlab --ip=127.0.0.1 --notebook-dir=notebooks

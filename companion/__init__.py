@@ -3,7 +3,7 @@
 import importlib
 
 MODULES = (
-    *("data", "data_parallel", "ddp", "devices", "launch", "measure", "model_parallel", "models", "plots", "runner"),
+    *("data", "data_parallel", "ddp", "devices", "kernels", "launch", "measure", "model_parallel", "models", "plots", "runner"),
     *("schedules", "scoreboard", "splitting", "stacks", "stored", "tpu", "training"),
 )
 

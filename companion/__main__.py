@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     for outcome in runner.run(jobs, folder, arguments.jobs):
         failed += outcome.error is not None
         print(
-            f"{outcome.job.name:40} {outcome.seconds:6.0f} s  {'failed: ' + outcome.error if outcome.error else 'passed'}",
+            f"{outcome.job.name:40} {outcome.seconds:6.0f} s {outcome.cpu_seconds:6.0f} CPU-s  "
+            f"{'failed: ' + outcome.error if outcome.error else 'passed'}",
             flush=True,
         )
     print(f"{len(jobs) - failed} passed, {failed} failed; report: {folder / runner.REPORT}")

@@ -2,10 +2,12 @@
 
 import ast
 import difflib
+import functools
 import hashlib
 import html
 import itertools
 import os
+import sysconfig
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,6 +16,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import nbformat
+
+from companion import kernels
 
 NOTEBOOKS = Path("notebooks")
 REPORT = "index.html"
@@ -30,11 +34,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: seconds it took, and the error in a line if it failed."""
+    """How a job ended: the error in a line if it failed, seconds it took, CPU-seconds of the kernel and all its children."""
 
     job: Job
-    seconds: float
     error: str | None
+    seconds: float
+    cpu_seconds: float
 
 
 def find(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
@@ -109,20 +114,20 @@ def run(jobs: list[Job], folder: Path, workers: int = 1, cell_seconds: int = 180
 
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
     slots: SimpleQueue[int] = SimpleQueue()
     for slot in range(workers):
         slots.put(slot)
 
     def work(job: Job) -> Outcome:
-        slot, start = slots.get(), time.perf_counter()
+        slot = slots.get()
         try:
             bar = {"desc": job.name, "position": slot, "leave": False} if progress else False
             here = {"results_dir": "."} if "results_dir" in parameters(job.notebook) else {}
-            error = execute(replace(job, parameters=here | job.parameters), folder, cell_seconds, bar)
+            full = replace(job, parameters=here | job.parameters)
+            return replace(execute(full, folder, cell_seconds, bar, {"OMP_NUM_THREADS": threads}), job=job)
         finally:
             slots.put(slot)
-        return Outcome(job, time.perf_counter() - start, error)
 
     outcomes: list[Outcome] = []
     pool = ThreadPoolExecutor(workers)
@@ -135,12 +140,19 @@ def run(jobs: list[Job], folder: Path, workers: int = 1, cell_seconds: int = 180
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nothing further starts
 
 
-def execute(job: Job, folder: Path, cell_seconds: int = 1800, bar: dict | bool = False) -> str | None:
-    """Runs one job into `folder` (the kernel's working directory too) and gives its error in a line, None if it passed."""
+def execute(
+    job: Job,
+    folder: Path,
+    cell_seconds: int = 1800,
+    bar: dict | bool = False,
+    variables: dict[str, str] | None = None,
+) -> Outcome:
+    """Runs one job into `folder`, the working directory of its kernel too, which sees `variables` in its environment."""
     import papermill
     from nbconvert import HTMLExporter
 
-    output, error = folder / f"{job.name or job.notebook.stem}.ipynb", None
+    output, error, kernel = folder / f"{job.name or job.notebook.stem}.ipynb", None, kernels.Kernel(variables or {})
+    before, start = fingerprint(nbformat.read(job.notebook, 4)), time.perf_counter()
     try:
         papermill.execute_notebook(
             str(job.notebook),
@@ -150,15 +162,44 @@ def execute(job: Job, folder: Path, cell_seconds: int = 1800, bar: dict | bool =
             execution_timeout=cell_seconds,
             progress_bar=bar,
             extra_arguments=["--log-level=ERROR"],  # else each kernel warns on the terminal that 127.0.0.1 is not encrypted
+            **kernel.options(),
         )
     except Exception as failure:  # whatever ends a notebook is its outcome; the others go on
         name, text = getattr(failure, "ename", type(failure).__name__), getattr(failure, "evalue", str(failure))
         error = f"{name}: {text.strip().splitlines()[0] if text.strip() else 'without a message'}"
+    outcome = Outcome(job, error, time.perf_counter() - start, kernel.most_cpu_seconds)
     if output.exists():
         notebook = tidy(nbformat.read(output, 4))
+        note(notebook, outcome, kernel.cells, before)
         nbformat.write(notebook, output)
         output.with_suffix(".html").write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
-    return error
+    return outcome
+
+
+def note(notebook: nbformat.NotebookNode, outcome: Outcome, cells: dict[int, kernels.Spent], of: str) -> None:
+    """Writes into an executed notebook's metadata what it and each of its cells took, and what it is an execution of."""
+    changed = {name: value for name, value in outcome.job.parameters.items() if name != "results_dir"}
+    about = {"of": of, "error": outcome.error, "parameters": changed}
+    about |= {"seconds": round(outcome.seconds, 2), "cpu_seconds": round(outcome.cpu_seconds, 2)}
+    notebook.metadata.setdefault("companion", {})["run"] = about
+    for number, spent in cells.items():
+        took = {"seconds": round(spent.seconds, 3), "cpu_seconds": round(spent.cpu_seconds, 3)}
+        notebook.cells[number].metadata["companion"] = took
+
+
+def fingerprint(notebook: nbformat.NotebookNode) -> str:
+    """SHA-256 of all that an execution depends on: the code, this package, and the versions that are installed."""
+    files = [path for path in sorted(Path(__file__).parent.rglob("*")) if path.suffix in (".py", ".json")]
+    package = [path.read_text(encoding="utf-8") for path in files]
+    return hashlib.sha256("\0".join([source_hash(notebook), *package, *_installed()]).encode()).hexdigest()
+
+
+@functools.cache
+def _installed() -> list[str]:
+    from importlib.metadata import distributions
+
+    folders = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]  # setuptools adds some of its own to sys.path
+    return sorted({f"{found.name} {found.version}" for found in distributions(path=folders)})
 
 
 def report(outcomes: list[Outcome], folder: Path) -> str:
@@ -171,17 +212,28 @@ def report(outcomes: list[Outcome], folder: Path) -> str:
         values = ", ".join(f"{key}={value}" for key, value in outcome.job.parameters.items()) or "defaults"
         status = f"<b class='failed'>failed: {html.escape(outcome.error)}</b>" if outcome.error else "passed"
         links = f"<a href='{name}.html'>{name}</a> (<a href='{name}.ipynb'>ipynb</a>)"
-        lines.append(f"<tr><td>{links}<td>{html.escape(values)}<td>{outcome.seconds:.0f} s<td>{status}\n")
+        took = f"{outcome.seconds:.0f} s<td>{outcome.cpu_seconds:.0f} s<td>{_slowest(folder / f'{outcome.job.name}.ipynb')}"
+        lines.append(f"<tr><td>{links}<td>{html.escape(values)}<td>{took}<td>{status}\n")
     failed = sum(outcome.error is not None for outcome in outcomes)
     measured = scoreboard.Table(scoreboard.read(folder))._repr_html_()
     return f"""<!doctype html><meta charset="utf-8"><title>Notebooks</title>
 <style>body{{font:15px sans-serif;margin:2em}} td,th{{padding:.2em .8em;text-align:left}} .failed{{color:#b00}}</style>
 <h1>{len(outcomes)} notebooks run, {failed} failed</h1>
-<table><tr><th>notebook<th>parameters<th>time<th>outcome
+<table><tr><th>notebook<th>parameters<th>time<th>CPU time<th>slowest cells<th>outcome
 {"".join(lines)}</table>
 <h2>Measured</h2>
 {measured}
 """
+
+
+def _slowest(executed: Path, count: int = 3) -> str:
+    """The executed notebook's slowest cells: their numbers in it, and their seconds."""
+    if not executed.exists():
+        return ""
+    cells = nbformat.read(executed, 4).cells
+    seconds = {cell.get("execution_count"): cell.metadata.get("companion", {}).get("seconds", 0) for cell in cells}
+    longest = sorted((name for name in seconds if name), key=seconds.get, reverse=True)[:count]
+    return ", ".join(f"[{number}] {seconds[number]:.0f} s" for number in longest)
 
 
 def source_hash(notebook: nbformat.NotebookNode) -> str:
@@ -211,13 +263,9 @@ def store(notebook: Path, folder: Path) -> str | None:
     from companion.measure import environment
 
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ[stored.KEEP] = "1"
-    try:
-        error = execute(Job(notebook), folder)
-    finally:
-        del os.environ[stored.KEEP]
-    if error:
-        return error
+    outcome = execute(Job(notebook), folder, variables={stored.KEEP: "1"})
+    if outcome.error:
+        return outcome.error
     before, after = nbformat.read(notebook, 4), nbformat.read(folder / notebook.name, 4)
     for cell, run_cell in zip(before.cells, after.cells, strict=True):
         if cell.cell_type == "code":

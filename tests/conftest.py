@@ -7,6 +7,7 @@ import torch
 from companion import data
 
 ROOT = Path(__file__).parents[1]
+pytest_plugins = ("times",)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from companion import __main__ as cli
 from companion import runner, scoreboard
 
+pytestmark = pytest.mark.once
 PARAMETERS = """epochs: int = 3  # passes over the data
 learning_rate: float = 0.1  # of the optimizer
 dataset: str = "digits"  # what to learn
@@ -64,7 +65,7 @@ def test_notebooks_run_in_their_folder_and_this_process_stays_in_its_own(noteboo
     write(notebooks, "03_where", "import os; print(os.getcwd())")
     monkeypatch.setattr(os, "chdir", moves.append)
     (tmp_path / "out").mkdir()
-    assert runner.execute(runner.Job(notebooks / "03_where.ipynb"), tmp_path / "out") is None
+    assert runner.execute(runner.Job(notebooks / "03_where.ipynb"), tmp_path / "out").error is None
     executed = nbformat.read(tmp_path / "out" / "03_where.ipynb", 4)
     assert executed.cells[-1].outputs[0].text == f"{tmp_path / 'out'}\n"
     assert set(moves) <= {os.getcwd()}, "another notebook, run at the same time, would be moved too"
@@ -103,6 +104,42 @@ def test_a_dead_kernel_is_a_failure_like_any_other(notebooks, tmp_path, capfd):
     printed = capfd.readouterr().out
     assert "1 passed, 1 failed" in printed
     assert "failed: DeadKernelError: Kernel died" in printed
+
+
+BUSY = """
+import multiprocessing, time
+
+def work():
+    while time.process_time() < 1:
+        pass
+
+child = multiprocessing.get_context("fork").Process(target=work)
+child.start()
+child.join()
+"""
+
+
+def test_time_is_kept_of_all_processes_and_of_each_cell(notebooks, tmp_path):
+    write(notebooks, "03_busy", "import time; time.sleep(0.5)", BUSY)
+    out = tmp_path / "out"
+    (outcome,) = runner.run([runner.Job(notebooks / "03_busy.ipynb", {}, "03_busy")], out, progress=False)
+    assert outcome.cpu_seconds > 0.7, "the child counts"
+    executed = nbformat.read(out / "03_busy.ipynb", 4)
+    run, (*_, sleeps, busy) = executed.metadata.companion.run, executed.cells
+    assert run.cpu_seconds == pytest.approx(outcome.cpu_seconds, abs=0.01)
+    assert sleeps.metadata.companion.seconds > 0.5 > sleeps.metadata.companion.cpu_seconds
+    assert busy.metadata.companion.cpu_seconds > 0.7
+    page = (out / "index.html").read_text()
+    assert "<th>CPU time<th>slowest cells" in page
+    assert f"[{busy.execution_count}] " in page
+
+
+def test_a_run_leaves_the_environment_as_it_was(notebooks, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    write(notebooks, "03_threads", "import os; print(os.environ['OMP_NUM_THREADS'])")
+    list(runner.run([runner.Job(notebooks / "03_threads.ipynb", {}, "one")], tmp_path, 64, progress=False))
+    assert nbformat.read(tmp_path / "one.ipynb", 4).cells[-1].outputs[0].text == "1\n"
+    assert "OMP_NUM_THREADS" not in os.environ
 
 
 def test_an_interrupt_keeps_what_was_finished_and_leaves_no_kernel(notebooks, tmp_path, python, root):

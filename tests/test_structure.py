@@ -1,0 +1,135 @@
+"""The package on this stack: what it is made of, who may import whom, and what importing it costs."""
+
+import ast
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import cells
+import nbformat
+import pytest
+from conftest import ROOT
+from test_project import PROJECT, pinned
+
+from companion import stacks
+
+# Each room, and the rooms that it may import: the ground floor from the bottom, techniques, the roof. Techniques may use all
+# of the ground floor; TECHNIQUES has what they may use besides.
+GROUND = {
+    "stacks": (),
+    "pickling": (),
+    "models": (),
+    "data": (),
+    "schedules": (),
+    "devices": ("stacks",),
+    "worker": ("pickling",),
+    "launch": ("devices", "pickling", "worker"),
+    "measure": ("devices",),
+    "stored": ("measure",),
+    "splitting": ("devices",),
+    "training": ("data", "devices"),
+    "plots": ("data", "training"),
+}
+TECHNIQUES = {
+    "tpu": (),
+    "data_parallel": (),
+    "ddp": (),
+    "model_parallel": (),
+    "hybrid": ("ddp", "model_parallel"),
+    "multi_machine": ("ddp",),
+    "ray_tune": (),
+    "quantization": (),
+    "pruning": (),
+    "preflight": ("tpu",),
+    "fastest": ("quantization", "pruning"),
+}
+ROOF = {
+    "kernels": (),
+    "scoreboard": ("measure",),
+    "runner": ("devices", "kernels", "measure", "scoreboard", "stored"),
+    "__main__": ("devices", "runner"),
+}
+LINES = 300
+
+
+def imported(source: str) -> set[str]:
+    """The rooms of the package that some code imports, wherever it does."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("companion.")}
+        elif isinstance(node, ast.ImportFrom) and node.module == "companion":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("companion."):
+            found.add(node.module.split(".")[1])
+        assert not (isinstance(node, ast.ImportFrom) and node.level), "relative imports are not used here"
+    return found
+
+
+def allowed(room: str) -> set[str]:
+    if room in TECHNIQUES:
+        return {*GROUND, *TECHNIQUES[room]}
+    return set({**GROUND, **ROOF}[room])
+
+
+def rooms() -> dict[str, Path]:
+    return {path.stem: path for path in (ROOT / "companion").rglob("*.py") if path.stem != "__init__"}
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_imports_run_downward_only(room):
+    above = imported(rooms()[room].read_text()) - allowed(room)
+    assert not above, f"{room} may not import {', '.join(above)}: see the tables in this file"
+
+
+def test_the_tables_have_no_circle():
+    below: set[str] = set()
+    for room, uses in {**GROUND, **TECHNIQUES, **ROOF}.items():
+        assert set(uses) <= below | set(TECHNIQUES), f"{room} uses a room that stands above it"
+        below.add(room)
+    for room, uses in TECHNIQUES.items():
+        assert not [other for other in uses if room in TECHNIQUES[other]]
+
+
+@pytest.mark.parametrize("path", cells.NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_imports_the_ground_its_own_technique_and_what_that_may_use(path):
+    number, technique = path.stem.split("_", 1)
+    own = {technique, *TECHNIQUES.get(technique, ())}
+    compares = {"02": {"ddp"}}.get(number, set())  # threads are compared with processes
+    source = "\n".join(cells.plain(cell.source) for cell in cells.code(nbformat.read(path, 4)))
+    beyond = imported(source) - {*GROUND, *ROOF} - own - compares
+    assert not beyond, f"it uses other techniques: {', '.join(beyond)}"
+
+
+def test_an_import_in_any_form_is_found():
+    forms = ("import companion.ddp", "from companion import data, ddp as d", "from companion.ddp import wrap")
+    assert all("ddp" in imported(f"def f():\n    {form}") for form in forms)
+
+
+def test_no_module_is_long():
+    lines = {room: len(path.read_text().splitlines()) for room, path in rooms().items()}
+    assert not {room: count for room, count in lines.items() if count > LINES}
+
+
+def test_what_is_installed_is_one_of_the_stacks():
+    for name in ("torch", "torchvision", "numpy", "jupyterlab", "papermill", "nbval"):
+        assert version(name).split("+")[0] == pinned(name, stacks.current())
+
+
+def test_importing_the_companion_imports_nothing_heavy(python, root):
+    code = (
+        "import sys; before = set(sys.modules); import companion; new = set(sys.modules) - before;"
+        "assert not {'torch', 'numpy', 'matplotlib'} & new; assert len(new) < 10, new"
+    )
+    subprocess.run([*python, "-c", code], check=True, cwd=root)
+
+
+def test_the_companion_gives_its_modules_and_version():
+    import companion
+
+    assert companion.__version__ == PROJECT["version"]
+    assert set(companion.MODULES) == set(rooms()) - {"__main__", "pickling", "worker"}
+    assert set(companion.MODULES) <= set(dir(companion))
+    assert all(getattr(companion, name).__name__ == f"companion.{name}" for name in companion.MODULES)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        companion.nonsense  # noqa: B018
