@@ -47,19 +47,24 @@ NAME := $(if $(NB),$(or $(basename $(notdir $(wildcard notebooks/$(NB)_*.ipynb))
 UNITS := $(if $(NB),$(wildcard tests/test_$(patsubst $(NB)_%,%,$(NAME)).py),tests --ignore tests/test_notebooks.py)
 # Two at a time, a thread each; threads that wait do not spin, and XLA compiles fast instead of well.
 JOBS ?= 2
-QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE XLA_FLAGS=--xla_backend_optimization_level=0
+# All that tests write besides goes to a folder of this checkout's own, emptied at the start and after success.
+TEST_FILES := $(or $(TMPDIR),/tmp)/accelerating-pytorch-$(shell pwd | cksum | cut -d' ' -f1)
+QUIET := TMPDIR=$(TEST_FILES) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE XLA_FLAGS=--xla_backend_optimization_level=0
 PYTEST := $(QUIET) $(PYTHON_IN) -m pytest -n $(JOBS)
 
 test: $(READY) begin-test lint units notebooks-in-other-ways nbval
 	@$(PYTHON_IN) -m tests.times
+	@rm -rf $(TEST_FILES)
 
 test-all: $(READY)
 	@$(MAKE) --no-print-directory test EVERYTHING=yes
 
 test-units: $(READY) begin-test lint units
 	@$(PYTHON_IN) -m tests.times
+	@rm -rf $(TEST_FILES)
 
 begin-test: $(READY)
+	@rm -rf $(TEST_FILES) && mkdir -p $(TEST_FILES)
 	@$(PYTHON_IN) -m tests.times --start
 
 lint: $(READY)
@@ -67,6 +72,7 @@ lint: $(READY)
 	$(PYTHON_IN) -m ruff format --check .
 
 units: $(READY) lint
+	@mkdir -p $(TEST_FILES)
 	$(if $(UNITS),$(PYTEST) --dist loadfile $(SELECT) $(UNITS))
 
 notebooks-in-other-ways: $(READY) units

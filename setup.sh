@@ -36,5 +36,13 @@ else
     echo "uv could not do it; falling back to pip ..." >&2
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" --editable "$wanted"
 fi
+# On a TPU: torch_xla's own libtpu, which is older than the pinned one, or on the newest stack torch_tpu.
+if [ "$("$venv/bin/python" -c 'from companion import host; print(host.tpu_chips() > 0)')" = True ]; then
+    needed='torch_tpu==0.2.*'
+    if [ "$stack" = reference ]; then needed='torch_xla[tpu]==2.9.*'; fi
+    grep -v '^libtpu==' "$constraints" >"$venv/constraints-tpu.txt"
+    UV_SYSTEM_CERTS=1 "$venv/bin/python" -m uv pip install --quiet --python "$venv/bin/python" \
+        --constraint "$venv/constraints-tpu.txt" "$needed"
+fi
 "$venv/bin/python" -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (accelerating-pytorch)" >/dev/null
 touch "$venv/.ready"

@@ -1,21 +1,25 @@
-"""python -m benchmarks [NAME ...]: prints the table (Markdown) and writes it with the environment to results/benchmarks.json."""
+"""python -m benchmarks [NAME ...]: prints the table (Markdown) and writes it with the environment to
+results/benchmarks.json.
+"""
 
 import argparse
 import importlib
 import json
 from pathlib import Path
 
-from companion import devices, measure
+from companion import devices, machine
 
 NAMES = ("import_time", "training_loop", "launch", "ddp_speed_up", "data_parallel", "model_parallel", "tpu")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="all, if none is named", metavar="NAME")
+    parser.add_argument(
+        "names", nargs="*", choices=[*NAMES, []], help="all, if none is named", metavar="NAME"
+    )
     names = parser.parse_args(arguments).names or NAMES
     devices.set_threads()
-    print(devices.describe(), flush=True)
+    print(machine.describe(), flush=True)
     rows = []
     for name in names:
         for row in importlib.import_module(f"benchmarks.{name}").measure_all():
@@ -25,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(row)
     path = Path("results", "benchmarks.json")
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"environment": measure.environment(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": machine.environment(), "rows": rows}, indent=1) + "\n")
     print(f"\nwritten to {path}")
 
 

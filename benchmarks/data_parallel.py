@@ -1,15 +1,17 @@
 """Two replicas in threads, two ranks of DDP, and one process, each worker with one thread, at the same batch.
 
-The limit is what Amdahl's law leaves when only the forward pass is shared out, as on a CPU. What copying takes is another row.
+The limit is what Amdahl's law leaves when only the forward pass is shared out, as on a CPU. What copying
+takes is another row.
 """
-
-import statistics
 
 import torch
 
-from companion import data_parallel, ddp, launch, measure, models
+from companion import data_parallel, ddp, launch, measure, models, training
 
-CASES = (("AlexNet, 64 px, batch 64", models.AlexNet, (3, 64, 64), 64), ("LeNet5, batch 256", models.LeNet5, (3, 32, 32), 256))
+CASES = (
+    ("AlexNet, 64 px, batch 64", models.AlexNet, (3, 64, 64), 64),
+    ("LeNet5, batch 256", models.LeNet5, (3, 32, 32), 256),
+)
 
 
 def measure_all(rounds: int = 7) -> list[dict]:
@@ -19,22 +21,29 @@ def measure_all(rounds: int = 7) -> list[dict]:
     for name, make, shape, batch_size in CASES:
         images, labels = torch.randn(batch_size, *shape), torch.zeros(batch_size, dtype=torch.long)
         threaded = data_parallel.ThreadedDataParallel(make(), ["cpu", "cpu"], 1)
-        steps = {"one": ddp.stepper(make(), images, labels), "threads": ddp.stepper(threaded, images, labels)}
+        steps = {
+            "one": training.stepper(make(), images, labels),
+            "threads": training.stepper(threaded, images, labels),
+        }
         times = measure.compare(steps, rounds=rounds)
-        gain = measure.ratio(times["one"], times["threads"])
-        processes = launch.run(ddp.scaling, 2, make, shape, [batch_size], rounds, threads=1)[0][0].speed_up
-        plain, parts = (data_parallel.step_parts(model, images, labels, rounds) for model in (make(), threaded))
+        gain = times.speed_up("threads", over="one")
+        processes = launch.run(ddp.scaling, 2, make, shape, [batch_size], rounds, threads=1)[0][
+            0
+        ].speed_up.median
+        plain, parts = (
+            data_parallel.step_parts(model, images, labels, rounds) for model in (make(), threaded)
+        )
         limit = sum(plain.values()) / data_parallel.predicted_step(plain, parts, 2)
-        one = statistics.median(times["one"])
+        one = times["one"].median
         copying = sum(parts[part] for part in ("scatter", "replicate", "gather"))
         rows += [
             {
                 "what": f"2 replicas in threads, {name} (samples/s)",
                 "plain": f"{batch_size / one:,.0f} (one process); {batch_size / one * processes:,.0f} (DDP)",
-                "ours": f"{batch_size / one * gain:,.0f}",
+                "ours": f"{batch_size / one * gain.median:,.0f}",
                 "limit": f"{batch_size / one * limit:,.0f} (backward not shared)",
-                "against plain": f"{gain:.2f}x; {gain / processes:.2f}x",
-                "of the limit": f"{gain / limit:.1%}",
+                "against plain": f"{gain:.2f}x; {gain.scaled(1 / processes):.2f}x",
+                "of the limit": f"{gain.scaled(1 / limit):.1%}",
             },
             {
                 "what": f"scatter, replicate, gather, {name} (ms)",

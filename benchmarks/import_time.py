@@ -1,4 +1,6 @@
-"""How long `import companion` takes in a fresh interpreter, beside an interpreter that imports nothing, and `import torch`."""
+"""How long `import companion` takes in a fresh interpreter, beside an interpreter that imports nothing, and
+`import torch`.
+"""
 
 import statistics
 import subprocess
@@ -22,7 +24,8 @@ def measure_all(rounds: int = 9) -> list[dict]:
         for name, code in codes.items():
             series[name].append(seconds(code))
     above = {
-        name: max(0.0, statistics.median(a - b for a, b in zip(series[name], series["nothing"], strict=True))) for name in codes
+        name: max(0.0, statistics.median(a - b for a, b in zip(series[name], series["nothing"], strict=True)))
+        for name in codes
     }
     return [
         {

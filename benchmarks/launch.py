@@ -1,4 +1,6 @@
-"""Starting two ranks that do one all-reduce, again and again: launch.run, warm, beside torch's own ways of starting processes."""
+"""Starting two ranks that do one all-reduce, again and again: launch.run, warm, beside torch's own ways of
+starting processes.
+"""
 
 import statistics
 import tempfile
@@ -40,7 +42,9 @@ def by_spawn() -> None:
 
 
 def by_elastic_launch() -> None:
-    config = LaunchConfig(1, 1, 2, run_id="benchmark", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0)
+    config = LaunchConfig(
+        1, 1, 2, run_id="benchmark", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0
+    )
     assert elastic_launch(config, elastic)() == {0: 2, 1: 2}
 
 
@@ -49,7 +53,9 @@ def by_launch() -> None:
 
 
 def measure_all(rounds: int = 5) -> list[dict]:
-    """Medians of calls taken in turn; the first `launch.run`, which starts the warm server, is a row of its own."""
+    """Medians of calls taken in turn; the first `launch.run`, which starts the warm server, is a row of its
+    own.
+    """
     start = time.perf_counter()
     by_launch()
     first = time.perf_counter() - start

@@ -1,10 +1,9 @@
-"""Pipelines: idle time of stages of known duration against theory, and AlexNet in two stages against one process.
+"""Pipelines: idle time of stages of known duration against theory, and AlexNet in two stages against one
+process.
 
-Every process has one thread; the one process takes the batch whole or in as many pieces, whichever is faster. Idle time is in
-percent of all ranks' time; its limit is the schedule's own bubble.
+Every process has one thread; the one process takes the batch whole or in as many pieces, whichever is faster.
+Idle time is in percent of all ranks' time; its limit is the schedule's own bubble.
 """
-
-import statistics
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,9 @@ BATCH_SIZE = 256
 
 
 def rehearsed(schedule: str, ranks: int, micro_batches: int, rounds: int) -> dict:
-    steps = launch.run(model_parallel.rehearse, ranks, schedule, micro_batches, SLOT_SECONDS, rounds, threads=1)
+    steps = launch.run(
+        model_parallel.rehearse, ranks, schedule, micro_batches, SLOT_SECONDS, rounds, threads=1
+    )
     idle = schedules.bubble([step.spans for step in steps])
     theory, naive = schedules.predicted_bubble(schedule, ranks, micro_batches), 1 - 1 / ranks
     return {
@@ -61,22 +62,26 @@ def measure_all(rounds: int = 5) -> list[dict]:
         runs = {}
         for micro_batches in (4, 8, 16) if at == balanced else (8,):
             ways = {pieces: lambda pieces=pieces: uncut(pieces) for pieces in (1, micro_batches)}
-            times = measure.compare(ways, rounds=3)  # each time anew, the machine is shared; a large batch may be slower in one
-            alone = min(statistics.median(series) for series in times.values())
+            # Each time anew, since the machine is shared; a large batch may be slower in one piece.
+            times = measure.compare(ways, rounds=3)
+            alone = min(times[pieces].median for pieces in ways)
             steps = launch.run(timed, 2, at, micro_batches, rounds, threads=1)
-            runs[micro_batches] = alone / steps[0].seconds, alone, steps
-        micro_batches, (gain, alone, steps) = max(runs.items(), key=lambda run: run[1][0])
+            runs[micro_batches] = steps[0].seconds.rate(alone), alone, steps
+        micro_batches, (gain, alone, steps) = max(runs.items(), key=lambda run: run[1][0].median)
         limit = 2 * micro_batches / (micro_batches + 1)
-        idle, theory = schedules.bubble([step.spans for step in steps]), schedules.predicted_bubble("1f1b", 2, micro_batches)
+        idle, theory = (
+            schedules.bubble([step.spans for step in steps]),
+            schedules.predicted_bubble("1f1b", 2, micro_batches),
+        )
         about = f"samples/s; idle {idle:.0%}, theory {theory:.0%}"
         rows.append(
             {
                 "what": f"AlexNet, 2 stages cut {name}, batch {BATCH_SIZE} in {micro_batches} ({about})",
                 "plain": f"{BATCH_SIZE / alone:,.0f} (one process)",
-                "ours": f"{BATCH_SIZE / steps[0].seconds:,.0f}",
+                "ours": f"{steps[0].seconds.rate(BATCH_SIZE):,.0f}",
                 "limit": f"{BATCH_SIZE / alone * limit:,.0f} (2m/(m+1))",
                 "against plain": f"{gain:.2f}x",
-                "of the limit": f"{gain / limit:.1%}",
+                "of the limit": f"{gain.scaled(1 / limit):.1%}",
             }
         )
     torch.set_num_threads(before)

@@ -1,4 +1,5 @@
-"""XLA on this CPU against eager, the same loop: steps a second once compiled, compilations, and what each mistake costs.
+"""XLA on this CPU against eager, the same loop: steps a second once compiled, compilations, and what each
+mistake costs.
 
 Costs are steps of a run of `STEPS`: what is compiled beyond the right programs, and
 what the run takes longer once compiled, in times of a right step.
@@ -10,7 +11,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from companion import data, devices, launch, models, tpu
+from companion import data, devices, host, launch, models, tpu
 
 BATCH_SIZE = 64
 STEPS = 20
@@ -23,8 +24,17 @@ def measure_all(rounds: int = 7) -> list[dict]:
     return launch.run(_rows, 1, rounds, device="cpu", backend=None)[0]
 
 
-def _row(what: str, plain: str = "-", ours: str = "-", limit: str = "-", against: str = "-", of_limit: str = "-") -> dict:
-    return {"what": what, "plain": plain, "ours": ours, "limit": limit, "against plain": against, "of the limit": of_limit}
+def _row(
+    what: str, plain: str = "-", ours: str = "-", limit: str = "-", against: str = "-", of_limit: str = "-"
+) -> dict:
+    return {
+        "what": what,
+        "plain": plain,
+        "ours": ours,
+        "limit": limit,
+        "against plain": against,
+        "of the limit": of_limit,
+    }
 
 
 def _update(model, optimizer, images, labels) -> torch.Tensor:
@@ -82,7 +92,7 @@ def _run(step, device: torch.device, pieces: list) -> tuple[float, tpu.Counts]:
 
 def _rows(rounds: int) -> list[dict]:
     xla, cpu, train = devices.select("xla"), torch.device("cpu"), data.load("digits").train
-    torch.set_num_threads(devices.usable_cores())
+    torch.set_num_threads(host.usable_cores())
 
     def pieces(size: int) -> list:
         return list(zip(train.images.split(size), train.labels.split(size), strict=True))[:STEPS]
@@ -108,12 +118,17 @@ def _rows(rounds: int) -> list[dict]:
         ),
     ]
     for number, (name, (step, adds)) in enumerate(MISTAKES.items(), 1):
-        right = pieces(BATCH_SIZE - number)  # a size of its own, so that no program is found that another mistake has compiled
-        wrong = [*right[:-1], tuple(part[: BATCH_SIZE // 2] for part in right[-1])] if "ragged" in name else right
+        # A size of its own, so that no program is found that another mistake has compiled.
+        right = pieces(BATCH_SIZE - number)
+        wrong = (
+            [*right[:-1], tuple(part[: BATCH_SIZE // 2] for part in right[-1])] if "ragged" in name else right
+        )
         needed, did = _run(_marked, xla, right)[1], _run(step, xla, wrong)[1]
         extra = did.compile_seconds - (0 if adds else needed.compile_seconds)
         again = [(_run(_marked, xla, right)[0], _run(step, xla, wrong)[0]) for _ in range(rounds)]
-        lost = extra / median(time for time, _ in again) * STEPS + (median(b / a for a, b in again) - 1) * STEPS
+        lost = (
+            extra / median(time for time, _ in again) * STEPS + (median(b / a for a, b in again) - 1) * STEPS
+        )
         what = f"{did.compilations + adds * needed.compilations} compilations, {did.transfers} transfers"
         rows.append(_row(f"steps lost in {STEPS} to: {name}", f"{round(lost)}", what, "0"))
     return rows

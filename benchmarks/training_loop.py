@@ -1,10 +1,10 @@
-"""training.fit on CIFAR-10-shaped data against the usual DataLoader loop and against compute alone: LeNet5, SGD, float32.
+"""training.fit on CIFAR-10-shaped data against the usual DataLoader loop and against compute alone: LeNet5,
+SGD, float32.
 
-All three do the same arithmetic at the same batch size. Compute alone trains on one batch that is already there: no loop
-with data can be faster.
+All three do the same arithmetic at the same batch size. Compute alone trains on one batch that is already
+there: no loop with data can be faster.
 """
 
-import statistics
 from collections.abc import Callable, Iterable
 
 import torch
@@ -46,9 +46,12 @@ def runs(batch_size: int, device: torch.device) -> dict[str, Callable[[], object
     pixels = torch.randint(0, 256, (SAMPLES, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (SAMPLES,), generator=generator)
     train = data.Split(pixels.float() / 255 - 0.5, labels)
-    splits = data.Splits("random", train, train, train, tuple("0123456789"), torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
-    # How fast ReLU and pooling are depends on the weights: a network that knows its only batch by heart is some percent
-    # faster. A tiny learning rate and one network for all keep the weights, and so the arithmetic, the same.
+    splits = data.Splits(
+        "random", train, train, train, tuple("0123456789"), torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    )
+    # How fast ReLU and pooling are depends on the weights: a network that knows its only batch by heart is
+    # some percent faster. A tiny learning rate and one network for all keep the weights, and so the
+    # arithmetic, the same.
     recipe = training.Recipe(1, batch_size, 1e-7, "sgd", schedule="constant", augment=AUGMENT)
     loader = DataLoader(PerSample(pixels, labels), batch_size, shuffle=True, drop_last=True)
     batches = data.Batches(train, batch_size, device, AUGMENT, drop_last=True)
@@ -71,21 +74,23 @@ def runs(batch_size: int, device: torch.device) -> dict[str, Callable[[], object
 
 
 def measure_all(rounds: int = 15) -> list[dict]:
-    """A row for each batch size: samples/s of the three ways (medians), and the two ratios (medians round by round)."""
+    """A row for each batch size: samples/s of the three ways (medians), and the two ratios (medians round by
+    round).
+    """
     device = devices.select("cpu")
     rows = []
     for batch_size in (64, 256):
         times = measure.compare(runs(batch_size, device), device, rounds)
         samples = SAMPLES // batch_size * batch_size
-        plain, ours, limit = (samples / statistics.median(series) for series in times.values())
+        plain, ours, limit = (times[way].rate(samples).median for way in times.rounds)
         rows.append(
             {
                 "what": f"training loop, batch {batch_size} (samples/s)",
                 "plain": f"{plain:,.0f} (DataLoader)",
                 "ours": f"{ours:,.0f}",
                 "limit": f"{limit:,.0f} (compute alone)",
-                "against plain": f"{measure.ratio(times['DataLoader'], times['companion']):.2f}x",
-                "of the limit": f"{measure.ratio(times['compute alone'], times['companion']):.1%}",
+                "against plain": f"{times.speed_up('companion', over='DataLoader'):.2f}x",
+                "of the limit": f"{times.speed_up('companion', over='compute alone'):.1%}",
             }
         )
     return rows

@@ -22,7 +22,9 @@ def list_notebooks(arguments: argparse.Namespace) -> int:
     for notebook in runner.find(arguments.names, arguments.notebooks):
         print(f"{notebook.stem}: {_headline(notebook)[0]}")
         for name, about in runner.parameters(notebook).items():
-            print(f"    {name + ': ' + about['inferred_type_name']:24}= {about['default']:20} {about['help']}")
+            print(
+                f"    {name + ': ' + about['inferred_type_name']:24}= {about['default']:20} {about['help']}"
+            )
     return 0
 
 
@@ -46,12 +48,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """What this machine is, and for each notebook what runs at full strength here and what does not, and why."""
-    from companion import devices
+    """What this machine is, and for each notebook what runs at full strength here and what does not, and
+    why.
+    """
+    from companion import devices, machine
 
-    print(devices.describe(), end="\n\n")
+    print(machine.describe(), end="\n\n")
     for notebook in runner.find(arguments.names, arguments.notebooks):
-        missing = [f"{what}: {reason}" for what in _headline(notebook)[1].get("uses", []) if (reason := devices.why_not(what))]
+        missing = [
+            f"{what}: {reason}"
+            for what in _headline(notebook)[1].get("uses", [])
+            if (reason := devices.why_not(what))
+        ]
         print(f"{notebook.stem:24} {'without ' + '; '.join(missing) if missing else 'full strength'}")
     return 0
 
@@ -70,13 +78,19 @@ def store(arguments: argparse.Namespace) -> int:
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m companion", description="Runs the notebooks and tells what can run here.")
+    parser = argparse.ArgumentParser(
+        prog="python -m companion", description="Runs the notebooks and tells what can run here."
+    )
     commands = parser.add_subparsers(required=True)
     for command, name in ((list_notebooks, "list"), (run, "run"), (doctor, "doctor"), (store, "store")):
         sub = commands.add_parser(name, help=command.__doc__.splitlines()[0], description=command.__doc__)
         sub.set_defaults(command=command)
-        sub.add_argument("names", nargs="*", help="numbers or names, such as 03 or 03_ddp; all if none is given")
-        sub.add_argument("--notebooks", type=Path, default=runner.NOTEBOOKS, help="folder they are in (notebooks)")
+        sub.add_argument(
+            "names", nargs="*", help="numbers or names, such as 03 or 03_ddp; all if none is given"
+        )
+        sub.add_argument(
+            "--notebooks", type=Path, default=runner.NOTEBOOKS, help="folder they are in (notebooks)"
+        )
         if command is run:
             sub.add_argument(
                 "-p",

@@ -1,15 +1,15 @@
-"""One process, one thread for each device: nn.DataParallel's way, over any list of devices, and what a step of it costs.
+"""One process, one thread for each device: nn.DataParallel's way, over any list of devices, and what a step
+of it costs.
 
     model = ThreadedDataParallel(model, ["cuda:0", "cuda:1"])  # or ["cpu", "cpu"], or one GPU twice
 
-A batch is cut along its first dimension, every device gets a copy of the model and a piece, a thread computes each piece, and
-the outputs are joined on the first device. Source: `torch.nn.parallel.DataParallel`, which does so on GPUs only.
+A batch is cut along its first dimension, every device gets a copy of the model and a piece, a thread computes
+each piece, and the outputs are joined on the first device. Source: `torch.nn.parallel.DataParallel`, which
+does so on GPUs only.
 """
 
 import copy
-import statistics
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
@@ -18,21 +18,25 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from companion import devices
+from companion import devices, measure
 
 
 class ThreadedDataParallel(nn.Module):
-    """`module` over the devices `places`, one of which may stand there more than once; inputs and outputs may be nested.
+    """`module` over the devices `places`, one of which may stand there more than once; inputs and outputs may
+    be nested.
 
-    Tensors among the inputs, keyword arguments too, are cut along their first dimension, which must be the same for all;
-    those without dimensions, and whatever is no tensor, go to every device. Outputs are tensors whose first dimension is the
-    batch, or scalars, which come back as a vector with one entry for each replica.
+    Tensors among the inputs, keyword arguments too, are cut along their first dimension, which must be the
+    same for all; those without dimensions, and whatever is no tensor, go to every device. Outputs are tensors
+    whose first dimension is the batch, or scalars, which come back as a vector with one entry for each
+    replica.
 
-    As in nn.DataParallel the first replica shares the module's buffers and the others have copies that are thrown away: only
-    the first piece of a batch moves BatchNorm's running statistics. `threads` are those of each replica's operators on a CPU.
+    As in nn.DataParallel the first replica shares the module's buffers and the others have copies that are
+    thrown away: only the first piece of a batch moves BatchNorm's running statistics. `threads` are those of
+    each replica's operators on a CPU.
 
-    Raises ValueError for inputs that do not agree on a batch, TypeError for outputs that cannot be joined; what a replica
-    raises is raised again, with a note that names the replica, its device, and the shapes it was given.
+    Raises ValueError for inputs that do not agree on a batch, TypeError for outputs that cannot be joined;
+    what a replica raises is raised again, with a note that names the replica, its device, and the shapes it
+    was given.
     """
 
     def __init__(self, module: nn.Module, places: Iterable[str | torch.device], threads: int | None = None):
@@ -49,16 +53,23 @@ class ThreadedDataParallel(nn.Module):
 
 
 def scatter(inputs: object, places: Sequence[torch.device]) -> list:
-    """`inputs`, one for each device, with every tensor in it `[N, ...]` cut into pieces `[about N / devices, ...]`.
+    """`inputs`, one for each device, with every tensor in it `[N, ...]` cut into pieces `[about N / devices,
+    ...]`.
 
     As torch.chunk cuts: the last piece may be smaller, and few samples may leave devices without any.
     """
     leaves, structure = tree_flatten(inputs)
     batched = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()]
     if len({len(leaf) for leaf in batched}) != 1:
-        raise ValueError(f"inputs must share one batch dimension; tensors have the shapes {[tuple(x.shape) for x in batched]}")
+        raise ValueError(
+            f"inputs must share one batch dimension; tensors have the shapes "
+            f"{[tuple(x.shape) for x in batched]}"
+        )
     count = len(batched[0].chunk(len(places)))
-    cut = [leaf.chunk(count) if isinstance(leaf, torch.Tensor) and leaf.dim() else [leaf] * count for leaf in leaves]
+    cut = [
+        leaf.chunk(count) if isinstance(leaf, torch.Tensor) and leaf.dim() else [leaf] * count
+        for leaf in leaves
+    ]
     rows = [
         [leaf.to(place) if isinstance(leaf, torch.Tensor) else leaf for leaf in row]
         for row, place in zip(zip(*cut, strict=True), places, strict=False)
@@ -67,18 +78,31 @@ def scatter(inputs: object, places: Sequence[torch.device]) -> list:
 
 
 def replicate(module: nn.Module, places: Sequence[torch.device]) -> list[nn.Module]:
-    """The module itself, and for each further device a copy whose parameters lead gradients back to the module's."""
+    """The module itself, and for each further device a copy whose parameters lead gradients back to the
+    module's.
+    """
     replicas = [module]
     for place in places[1:]:
-        tensors = {id(tensor): tensor.to(place, copy=True) for tensor in (*module.parameters(), *module.buffers())}
-        replicas.append(copy.deepcopy(module, tensors))  # deepcopy takes for its own copies what it finds in there
+        tensors = {
+            id(tensor): tensor.to(place, copy=True) for tensor in (*module.parameters(), *module.buffers())
+        }
+        # Deepcopy takes for its own copies what it finds in there.
+        replicas.append(copy.deepcopy(module, tensors))
     return replicas
 
 
-def parallel_apply(replicas: Sequence[nn.Module], pieces: Sequence[tuple[tuple, dict]], threads: int = 1) -> list:
+def parallel_apply(
+    replicas: Sequence[nn.Module], pieces: Sequence[tuple[tuple, dict]], threads: int = 1
+) -> list:
     """`replica(*args, **kwargs)` for each replica and its piece, at once, each in a thread of its own."""
-    grad, inference, before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads()
-    autocasts = {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+    grad, inference, before = (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_num_threads(),
+    )
+    autocasts = {
+        kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+    }
     results: list = [None] * len(replicas)
 
     def work(i: int) -> None:
@@ -100,23 +124,32 @@ def parallel_apply(replicas: Sequence[nn.Module], pieces: Sequence[tuple[tuple, 
         if isinstance(result, BaseException):
             tensors = [leaf for leaf in tree_flatten(pieces[i])[0] if isinstance(leaf, torch.Tensor)]
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            result.add_note(f"in replica {i} of {len(replicas)}, on {tensors[0].device}, with inputs of shape {shapes}")
+            result.add_note(
+                f"in replica {i} of {len(replicas)}, on {tensors[0].device}, with inputs of shape {shapes}"
+            )
             raise result
     return results
 
 
 def gather(outputs: Sequence, place: torch.device) -> object:
-    """The replicas' outputs as one, on `place`: tensors `[n, ...]` joined to `[N, ...]`, scalars to `[replicas]`."""
+    """The replicas' outputs as one, on `place`: tensors `[n, ...]` joined to `[N, ...]`, scalars to
+    `[replicas]`.
+    """
     structure = tree_flatten(outputs[0])[1]
     columns = zip(*(tree_flatten(output)[0] for output in outputs), strict=True)
     joined = []
     for column in columns:
         if all(isinstance(leaf, torch.Tensor) for leaf in column):
-            joined.append(torch.cat([leaf.to(place) if leaf.dim() else leaf.to(place)[None] for leaf in column]))
+            joined.append(
+                torch.cat([leaf.to(place) if leaf.dim() else leaf.to(place)[None] for leaf in column])
+            )
         elif all(leaf is None for leaf in column):
             joined.append(None)
         else:
-            raise TypeError(f"outputs of type {type(column[0]).__name__} cannot be joined; return tensors, nested as you like")
+            raise TypeError(
+                f"outputs of type {type(column[0]).__name__} cannot be joined; return tensors, nested as "
+                f"you like"
+            )
     return tree_unflatten(joined, structure)
 
 
@@ -129,37 +162,38 @@ def at_once(functions: Sequence[Callable[[], object]]) -> None:
         worker.join()
 
 
-def step_parts(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each part of a step, forward and backward, of a plain model or a `ThreadedDataParallel`."""
+def step_parts(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, rounds: int = 5
+) -> dict[str, float]:
+    """Median seconds of each part of a step, forward and backward, of a plain model or a
+    `ThreadedDataParallel`.
+    """
     wrapped = isinstance(model, ThreadedDataParallel)
     places = model.devices if wrapped else [images.device]
-    times: dict[str, list[float]] = {}
-
-    def timed(name: str, function: Callable, *args) -> object:
-        start = time.perf_counter()
-        result = function(*args)
-        for place in places:
-            devices.synchronize(place)
-        times.setdefault(name, []).append(time.perf_counter() - start)
-        return result
-
+    laps = measure.Laps(places)
     for _ in range(rounds + 1):
         model.zero_grad()
         if wrapped:
-            pieces = timed("scatter", scatter, ((images,), {}), places)
-            replicas = timed("replicate", replicate, model.module, places[: len(pieces)])
-            outputs = timed("forward", parallel_apply, replicas, pieces, model.threads)
-            logits = timed("gather", gather, outputs, places[0])
+            pieces = laps("scatter", scatter, ((images,), {}), places)
+            replicas = laps("replicate", replicate, model.module, places[: len(pieces)])
+            outputs = laps("forward", parallel_apply, replicas, pieces, model.threads)
+            logits = laps("gather", gather, outputs, places[0])
         else:
-            logits = timed("forward", model, images)
-        timed("backward", F.cross_entropy(logits, labels).backward)
+            logits = laps("forward", model, images)
+        laps("backward", F.cross_entropy(logits, labels).backward)
         del logits  # and its graph, before the next is made
-    return {name: statistics.median(series[1:]) for name, series in times.items()}
+    return {name: spread.median for name, spread in laps.spreads().items()}
 
 
 def predicted_step(plain: dict[str, float], threaded: dict[str, float], replicas: int) -> float:
-    """Seconds of a step if only the forward pass were shared out, perfectly: Amdahl's law with `step_parts`' overheads.
+    """Seconds of a step if only the forward pass were shared out, perfectly: Amdahl's law with `step_parts`'
+    overheads.
 
-    `backward` counts whole: on a CPU autograd has one queue for all replicas. Each GPU has a queue of its own.
+    `backward` counts whole: on a CPU autograd has one queue for all replicas. Each GPU has a queue of its
+    own.
     """
-    return plain["forward"] / replicas + plain["backward"] + sum(threaded[name] for name in ("scatter", "replicate", "gather"))
+    return (
+        plain["forward"] / replicas
+        + plain["backward"]
+        + sum(threaded[name] for name in ("scatter", "replicate", "gather"))
+    )

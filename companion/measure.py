@@ -1,42 +1,208 @@
-"""How long it takes, how much memory it needs, how large it is. Medians with their spread, after a warm-up."""
+"""How long it takes: medians with their spread, ways taken in turn, verdicts, and a word of doubt where the
+machine was busy.
+"""
 
-import io
+import math
 import os
 import statistics
 import time
-import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from companion import devices
+from companion import devices, host
+
+WILD = 0.5  # rounds whose middle half spreads over more than this share of their median disagree wildly
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A measured value: the median of `runs`, and the range in which the true median lies with at least 90 %
+    confidence.
+
+    Five runs are the fewest that can say so much; of fewer, the range is that of all of them. With a format
+    it shows as "1.23 (1.20-1.31)". Source: the binomial confidence interval of a median, Conover 1999,
+    section 3.2.
+    """
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of measured values, at least one; raises ValueError for none."""
+        if not values:
+            raise ValueError("there is no value of which to take the median")
+        ordered, cut = sorted(values), _cut(len(values))
+        return cls(statistics.median(ordered), ordered[cut], ordered[-1 - cut], len(ordered))
+
+    def scaled(self, factor: float) -> "Spread":
+        """The same in another unit, such as milliseconds for a factor of 1000."""
+        return Spread(factor * self.median, factor * self.low, factor * self.high, self.runs)
+
+    def rate(self, amount: float = 1.0) -> "Spread":
+        """What is done in a second, where `amount` is done in these seconds."""
+        return Spread(amount / self.median, amount / self.high, amount / self.low, self.runs)
+
+    def __format__(self, spec: str) -> str:
+        low, high = format(self.low, spec), format(self.high, spec)
+        return f"{self.median:{spec}}" if low == high else f"{self.median:{spec}} ({low}-{high})"
+
+    def __str__(self) -> str:
+        return format(self, ".3g")
+
+
+def _cut(count: int) -> int:
+    """How many of `count` ordered values may be left out at either end for 90 % confidence in what is
+    left.
+    """
+    cut, outside = 0, 2 * 0.5**count
+    while outside + 2 * math.comb(count, cut + 1) * 0.5**count <= 0.1:
+        cut += 1
+        outside += 2 * math.comb(count, cut) * 0.5**count
+    return cut
+
+
+def verdict(ratio: Spread) -> str:
+    """ "faster", "slower" or "no difference", of a speed-up whose spread is above, below, or on both sides of
+    1.
+    """
+    return says(ratio, "faster", "slower", "no difference")
+
+
+def says(ratio: Spread, faster: str, slower: str, no_difference: str) -> str:
+    """The wording that fits a measured speed-up, so that a sentence cannot contradict it."""
+    if ratio.low > 1:
+        return faster
+    return slower if ratio.high < 1 else no_difference
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of several ways, name -> one entry a round, the same rounds for all; `busy` says why they are
+    not to be trusted.
+    """
+
+    rounds: dict[str, list[float]]
+    busy: str | None = None
+
+    def __getitem__(self, name: str) -> Spread:
+        """Seconds of one way."""
+        return Spread.of(self.rounds[name])
+
+    def speed_up(self, name: str, over: str) -> Spread:
+        """How many times as fast as `over` a way is, round by round: what disturbs a round disturbs both."""
+        pairs = zip(self.rounds[over], self.rounds[name], strict=True)
+        return Spread.of([slow / fast for slow, fast in pairs])
+
+    def part(self, name: str, of: str) -> Spread:
+        """The share of the time of `of` that a way takes, round by round."""
+        return self.speed_up(of, over=name)
+
+
+def compare(
+    functions: dict[str, Callable[[], object]],
+    device: torch.device | str = "cpu",
+    rounds: int = 7,
+    *,
+    warm_up: int = 1,
+    meet: Callable[[], object] | None = None,
+    agree: Callable[[float], float] | None = None,
+) -> Times:
+    """Seconds of each function in each of `rounds` rounds, after `warm_up` that do not count: all functions
+    in turn.
+
+    A slow moment then hits all of them alike. Each round begins with another function, so that none has the
+    advantage of its place. Before a function starts the device has done all that was queued, and `meet` is
+    called (in ranks: a barrier); `agree` gives what is kept of the seconds (in ranks: the slowest rank's).
+    `collectives.compare` passes both.
+    """
+    device, turn = torch.device(device), list(functions.items())
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    watch = host.Watch()
+    for number in range(warm_up + rounds):
+        for name, function in turn:
+            devices.synchronize(device)
+            if meet:
+                meet()
+            start = time.perf_counter()
+            function()
+            devices.synchronize(device)
+            seconds = time.perf_counter() - start
+            if number >= warm_up:
+                times[name].append(agree(seconds) if agree else seconds)
+            elif agree:
+                agree(seconds)
+        turn = [*turn[1:], turn[0]]
+    return Times(times, watch.busy() or _wild(times))
+
+
+def _wild(times: dict[str, list[float]]) -> str | None:
+    """What is said of rounds that disagree wildly; a few rounds may."""
+    for name, series in times.items():
+        if len(series) >= 5:
+            first, middle, third = statistics.quantiles(series, n=4)
+            if third - first > WILD * middle:
+                return (
+                    f"half of the rounds of {name!r} lie {(third - first) / middle:.0%} of their median apart"
+                )
+    return None
+
+
+@dataclass
+class Laps:
+    """Seconds of the named parts of something that is done several times: `laps("forward", model,
+    images)`.
+    """
+
+    places: torch.device | Sequence[torch.device]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def _wait(self) -> None:
+        for place in [self.places] if isinstance(self.places, torch.device) else self.places:
+            devices.synchronize(place)
+
+    def __call__(self, name: str, function: Callable, *args: object) -> object:
+        """Calls `function(*args)`, waits for the devices, notes the seconds under `name`, and gives the
+        result.
+        """
+        self._wait()
+        start = time.perf_counter()
+        result = function(*args)
+        self._wait()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        return result
+
+    def spreads(self, warm_up: int = 1) -> dict[str, Spread]:
+        """Of each part, without its first `warm_up` times."""
+        return {name: Spread.of(series[warm_up:]) for name, series in self.seconds.items()}
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one call: median, and the interquartile range as its spread, over `runs` timed blocks of calls."""
+    """Seconds of one call, over timed blocks of calls, and the threads that it used."""
 
-    median_seconds: float
-    spread_seconds: float
-    runs: int
+    seconds: Spread
     threads: int
 
-    def throughput(self, samples: int) -> float:
+    def throughput(self, samples: int) -> Spread:
         """Samples per second, where one call handles `samples`."""
-        return samples / self.median_seconds
+        return self.seconds.rate(samples)
 
     def __str__(self) -> str:
-        median, spread = self.median_seconds * 1e3, self.spread_seconds * 1e3
-        return f"{median:.3g} ms (spread {spread:.2g} ms, {self.runs} runs, {self.threads} threads)"
+        return f"{self.seconds.scaled(1e3):.3g} ms, {self.seconds.runs} runs, {self.threads} threads"
 
 
-def latency(function: Callable[[], object], device: torch.device | str = "cpu", min_seconds: float = 0.3) -> Latency:
-    """Time of one call of `function`, measured for at least `min_seconds` with torch.utils.benchmark after a warm-up.
+def latency(
+    function: Callable[[], object], device: torch.device | str = "cpu", min_seconds: float = 0.3
+) -> Latency:
+    """Time of one call of `function`, measured for at least `min_seconds` with torch.utils.benchmark after a
+    warm-up.
 
     The device's queue is empty before and after each block of calls, so that asynchronous work is counted.
     """
@@ -50,38 +216,13 @@ def latency(function: Callable[[], object], device: torch.device | str = "cpu", 
         num_threads=threads,
     )
     result = timer.blocked_autorange(min_run_time=min_seconds)
-    return Latency(result.median, result.iqr, len(result.times), threads)
-
-
-def compare(
-    functions: dict[str, Callable[[], object]], device: torch.device | str = "cpu", rounds: int = 7
-) -> dict[str, list[float]]:
-    """Seconds of each function in each of `rounds` rounds, all functions in turn: a slow moment hits all of them alike.
-
-    Each round begins with another function, so that none has the advantage of its place.
-    Take ratios round by round and their median: `ratio(times["plain"], times["fast"])`.
-    """
-    device, times, turn = torch.device(device), {name: [] for name in functions}, list(functions.items())
-    for function in functions.values():
-        function()
-    for _ in range(rounds):
-        for name, function in turn:
-            devices.synchronize(device)
-            start = time.perf_counter()
-            function()
-            devices.synchronize(device)
-            times[name].append(time.perf_counter() - start)
-        turn = [*turn[1:], turn[0]]
-    return times
-
-
-def ratio(numerator: list[float], denominator: list[float]) -> float:
-    """Median of the ratios of two series of `compare`, round by round."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+    return Latency(Spread.of(result.times), threads)
 
 
 def operators(function: Callable[[], object], calls: int = 10) -> dict[str, float]:
-    """Seconds that one call of `function` spends in each operator itself on the CPU, the longest first, by torch's profiler."""
+    """Seconds that one call of `function` spends in each operator itself on the CPU, the longest first, by
+    torch's profiler.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else it reports on stderr that there is no GPU driver
     function()
     with torch.autograd.profiler.profile(use_kineto=False) as profile:
@@ -92,114 +233,48 @@ def operators(function: Callable[[], object], calls: int = 10) -> dict[str, floa
 
 
 def step_profile(
-    model: nn.Module, batches: Iterable, optimizer: torch.optim.Optimizer, device: torch.device, steps: int = 50
+    model: nn.Module,
+    batches: Iterable,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    steps: int = 50,
 ) -> dict[str, list[float]]:
-    """Seconds of "data", "forward", "backward" and "optimizer" in each of `steps` training steps, and of the "whole" step.
+    """Seconds of "data", "forward", "backward" and "optimizer" in each of `steps` training steps, and of the
+    "whole" step.
 
-    Waits for the device after each part; the first step is a warm-up and not counted. The model is trained by it.
+    Waits for the device after each part; the first step is a warm-up and not counted. The model is trained by
+    it.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in ("data", "forward", "backward", "optimizer", "whole")}
-
-    def now() -> float:
-        devices.synchronize(device)
-        return time.perf_counter()
-
-    source = iter(batches)
+    laps, source = Laps(device), _endless(batches)
     model.train()
-    for number in range(steps + 1):
-        marks = [now()]
-        if (batch := next(source, None)) is None:
-            source = iter(batches)
-            batch = next(source)
-        images, labels = (tensor.to(device) for tensor in batch)
-        marks.append(now())
-        loss = F.cross_entropy(model(images), labels)
-        marks.append(now())
+
+    def fetch() -> list[torch.Tensor]:
+        return [tensor.to(device) for tensor in next(source)]
+
+    def backward(loss: torch.Tensor) -> None:
         optimizer.zero_grad()
         loss.backward()
-        marks.append(now())
-        optimizer.step()
-        marks.append(now())
-        if number:
-            for name, start, end in zip(seconds, marks, marks[1:], strict=False):
-                seconds[name].append(end - start)
-            seconds["whole"].append(marks[-1] - marks[0])
-    return seconds
+
+    for _ in range(steps + 1):
+        images, labels = laps("data", fetch)
+        loss = laps("forward", lambda x, y: F.cross_entropy(model(x), y), images, labels)
+        laps("backward", backward, loss)
+        laps("optimizer", optimizer.step)
+    seconds = {name: series[1:] for name, series in laps.seconds.items()}
+    return seconds | {"whole": [sum(parts) for parts in zip(*seconds.values(), strict=True)]}
 
 
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters and buffers in memory; tensors that share storage count once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
-    return sum(storages.values())
-
-
-def disk_bytes(model: nn.Module) -> int:
-    """Bytes of the file that `torch.save(model.state_dict())` writes."""
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    return file.tell()
-
-
-def parameters(model: nn.Module) -> int:
-    """Number of the model's parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def _endless(batches: Iterable) -> Iterator:
+    while True:
+        yield from batches
 
 
 def macs(model: nn.Module, example: torch.Tensor) -> int:
-    """Multiply-accumulate operations of one forward pass on `example`, counted by torch's FlopCounterMode (2 FLOPs each)."""
+    """Multiply-accumulate operations of one forward pass on `example`, counted by torch's FlopCounterMode (2
+    FLOPs each).
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(example)
     return counter.get_total_flops() // 2
-
-
-class _Allocations(TorchDispatchMode):
-    """Adds up the bytes of the storages that operators make, and takes them off when they die."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: dict[int, weakref.finalize] = {}
-
-    def _free(self, key: int, size: int) -> None:
-        self.live -= size
-        del self.seen[key]
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and (key := (storage := tensor.untyped_storage())._cdata) not in self.seen
-                and key not in before
-            ):
-                self.live += storage.nbytes()
-                self.seen[key] = weakref.finalize(storage, self._free, key, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-
-def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Most bytes of tensors alive at once during one call of `function`, above what was alive before it.
-
-    On CUDA the allocator's own figure; elsewhere counted from the tensors that operators return, so that an operator's
-    private workspace is not seen. Process memory would mislead: it keeps what was freed.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _Allocations() as allocations:
-        function()
-    return allocations.peak
-
-
-def environment() -> dict[str, object]:
-    """The stamp kept with every stored figure: processor, instruction sets, cores, threads, accelerators, versions."""
-    return dict(vars(devices.describe()))

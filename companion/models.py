@@ -9,7 +9,8 @@ from torch import nn
 
 
 class LeNet5(nn.Module):
-    """LeNet5 for images `[N, 3, 32, 32]`, giving logits `[N, classes]`; two hidden layers of `nodes_1` and `nodes_2` units.
+    """LeNet5 for images `[N, 3, 32, 32]`, giving logits `[N, classes]`; two hidden layers of `nodes_1` and
+    `nodes_2` units.
 
     Source: LeCun et al. 1998, with ReLU and max pooling.
     """
@@ -32,7 +33,8 @@ class LeNet5(nn.Module):
 
 
 def resnet18(classes: int = 10) -> nn.Module:
-    """torchvision's ResNet-18 with the stem for small images `[N, 3, 32, 32]`: a 3x3 convolution of stride 1, no pooling.
+    """torchvision's ResNet-18 with the stem for small images `[N, 3, 32, 32]`: a 3x3 convolution of stride 1,
+    no pooling.
 
     Source: He et al. 2015, section 4.2 (CIFAR-10).
     """
@@ -45,7 +47,8 @@ def resnet18(classes: int = 10) -> nn.Module:
 
 
 class AlexNet(nn.Module):
-    """AlexNet sized for images `[N, 3, 64, 64]`, in the three parts of torchvision's: `features`, `avgpool`, `classifier`.
+    """AlexNet sized for images `[N, 3, 64, 64]`, in the three parts of torchvision's: `features`, `avgpool`,
+    `classifier`.
 
     `width` scales the channels. Source: Krizhevsky 2014, "One weird trick".
     """
@@ -87,7 +90,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"lenet5": LeNet5, "resnet18": res
 
 
 def create(name: str, **options) -> nn.Module:
-    """A new model by name: one of `MODELS`, or "package.module:function" for one of your own; `options` go to its maker.
+    """A new model by name: one of `MODELS`, or "package.module:function" for one of your own; `options` go to
+    its maker.
 
     Raises ValueError when there is no such model or function, TypeError when it makes no `nn.Module`.
     """
@@ -95,7 +99,9 @@ def create(name: str, **options) -> nn.Module:
         if name not in MODELS:
             near = difflib.get_close_matches(name.lower(), MODELS, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown model {name!r}: use one of {', '.join(MODELS)} or 'package.module:function'{hint}")
+            raise ValueError(
+                f"unknown model {name!r}: use one of {', '.join(MODELS)} or 'package.module:function'{hint}"
+            )
         return MODELS[name](**options)
     module_name, _, function_name = name.partition(":")
     try:

@@ -1,62 +1,36 @@
-"""The figures of all notebooks, in one look. Each function gives a Figure, which shows as the last line of a notebook's cell."""
+"""The figures of all notebooks, in one look. Each function gives a Figure, which shows as the last line of a
+notebook's cell.
+"""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from companion.data import Split, Splits
+from companion.datasets import Split, Splits
+from companion.figures import COLOURS, middle, panels_of, styled, whisker
+from companion.measure import Spread
+from companion.tables import short
 from companion.training import History
-
-# Okabe and Ito's colours, which people with any colour vision can tell apart; a white ground reads in dark themes too.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
-STYLE = {
-    "figure.facecolor": "white",
-    "figure.dpi": 100,
-    "figure.constrained_layout.use": True,
-    "axes.prop_cycle": plt.cycler(color=COLOURS),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "font.size": 10,
-}
-
-
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draws in the suite's look, and leaves the figure to be shown once, as the last value of a cell."""
-
-    @functools.wraps(draw)
-    def drawn(*args, **kwargs) -> Figure:
-        with plt.rc_context(STYLE):
-            figure = draw(*args, **kwargs)
-        plt.close(figure)
-        return figure
-
-    return drawn
-
-
-def _axes(columns: int = 1, width: float = 8, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    drawn, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
-    return drawn, list(axes[0])
 
 
 @styled
 def images(splits: Splits, split: Split, count: int = 20, guesses: torch.Tensor | None = None) -> Figure:
-    """The first `count` images of a split with their labels; with `guesses` `[N]`, what the model took them for."""
+    """The first `count` images of a split with their labels; with `guesses` `[N]`, what the model took them
+    for.
+    """
     columns = min(10, count)
     rows = -(-count // columns)
     drawn, axes = plt.subplots(rows, columns, figsize=(0.85 * columns, 1.05 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for i, axis in zip(range(min(count, len(split.labels))), axes.flat, strict=False):
-        axis.imshow((split.images[i] * splits.std + splits.mean).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.imshow(
+            (split.images[i] * splits.std + splits.mean).clamp(0, 1).permute(1, 2, 0).numpy(),
+            interpolation="nearest",
+        )
         title = splits.classes[split.labels[i]]
         axis.set_title(title if guesses is None else f"{title}, not {splits.classes[guesses[i]]}", fontsize=9)
     return drawn
@@ -65,15 +39,20 @@ def images(splits: Splits, split: Split, count: int = 20, guesses: torch.Tensor 
 @styled
 def learning_curves(histories: dict[str, History]) -> Figure:
     """Loss and validation accuracy by epoch, of one or several trainings."""
-    drawn, (left, right) = _axes(2)
+    drawn, (left, right) = panels_of(2)
     for (name, history), colour in zip(histories.items(), COLOURS * len(histories), strict=False):
         epochs = range(1, len(history.train_loss) + 1)
         left.plot(epochs, history.train_loss, color=colour, label=f"{name}, training")
         if history.val_loss:
             left.plot(epochs, history.val_loss, "--", color=colour, label=f"{name}, validation")
-            right.plot(epochs, [100 * accuracy for accuracy in history.val_accuracy], color=colour, label=name)
-    left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
-    right.set(xlabel="epoch", ylabel="validation accuracy (%)")
+            right.plot(
+                epochs, [100 * accuracy for accuracy in history.val_accuracy], color=colour, label=name
+            )
+    left.set(ylabel="cross-entropy", yscale="log")
+    right.set(ylabel="validation accuracy (%)")
+    for axis in (left, right):
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize=8)
     if len(histories) > 1:
         right.legend(fontsize=8)
@@ -82,10 +61,14 @@ def learning_curves(histories: dict[str, History]) -> Figure:
 
 @styled
 def confusion(labels: torch.Tensor, guesses: torch.Tensor, classes: Sequence[str]) -> Figure:
-    """How many images of each true class were taken for each class; the diagonal, which is right, is left pale."""
-    counts = torch.bincount(labels * len(classes) + guesses, minlength=len(classes) ** 2).view(len(classes), -1)
+    """How many images of each true class were taken for each class; the diagonal, which is right, is left
+    pale.
+    """
+    counts = torch.bincount(labels * len(classes) + guesses, minlength=len(classes) ** 2).view(
+        len(classes), -1
+    )
     wrong = counts.clone().fill_diagonal_(0)
-    drawn, (axis,) = _axes(1, 4.6, 4.2)
+    drawn, (axis,) = panels_of(1, 4.6, 4.2)
     axis.grid(False)
     axis.imshow(wrong.numpy(), cmap="Oranges", vmin=0, vmax=max(1, int(wrong.max()) * 2))
     for row in range(len(classes)):
@@ -109,8 +92,10 @@ def confusion(labels: torch.Tensor, guesses: torch.Tensor, classes: Sequence[str
 
 @styled
 def breakdown(parts: dict[str, dict[str, float]], unit: str = "ms", scale: float = 1e3) -> Figure:
-    """One stacked bar for each entry of `parts`: seconds by name of the part, drawn as seconds * `scale` in `unit`."""
-    drawn, (axis,) = _axes(1, 8, 0.9 + 0.55 * len(parts))
+    """One stacked bar for each entry of `parts`: seconds by name of the part, drawn as seconds * `scale` in
+    `unit`.
+    """
+    drawn, (axis,) = panels_of(1, 8, 0.9 + 0.55 * len(parts))
     names = list(dict.fromkeys(name for seconds in parts.values() for name in seconds))
     left = [0.0] * len(parts)
     for name, colour in zip(names, COLOURS, strict=False):
@@ -119,7 +104,9 @@ def breakdown(parts: dict[str, dict[str, float]], unit: str = "ms", scale: float
         for row, width in enumerate(widths):
             if width > 0.06 * max(sum(seconds.values()) for seconds in parts.values()) * scale:
                 text = f"{width:.0f}" if width >= 10 else f"{width:.2g}"
-                axis.text(left[row] + width / 2, row, text, ha="center", va="center", fontsize=9, color="white")
+                axis.text(
+                    left[row] + width / 2, row, text, ha="center", va="center", fontsize=9, color="white"
+                )
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
@@ -130,19 +117,23 @@ def breakdown(parts: dict[str, dict[str, float]], unit: str = "ms", scale: float
 
 @styled
 def ladder(rungs: dict[str, tuple[float, float]], kept: Sequence[str], limits: dict[str, float]) -> Figure:
-    """Samples per second (bars) and test accuracy from 0 to 1 (points) of each rung; those not in `kept` are grey.
+    """Samples per second (bars) and test accuracy from 0 to 1 (points) of each rung; those not in `kept` are
+    grey.
 
     `limits` are samples per second that theory or a bare computation allows, drawn as dashed lines.
     """
-    drawn, (left, right) = _axes(2, 9, 1.1 + 0.38 * len(rungs))
+    drawn, (left, right) = panels_of(2, 9, 1.1 + 0.38 * len(rungs))
     names = list(rungs)
     speeds, accuracies = zip(*rungs.values(), strict=True)
     colours = [COLOURS[0] if name in kept else COLOURS[6] for name in names]
     bars = left.barh(names, speeds, color=colours, height=0.65)
-    left.bar_label(bars, [f"{speed / speeds[0]:.1f}x" for speed in speeds], label_type="center", color="white", fontsize=9)
+    gains = [f"{speed / speeds[0]:.1f}x" for speed in speeds]
+    left.bar_label(bars, gains, label_type="center", color="white", fontsize=9)
     for (name, limit), colour in zip(limits.items(), COLOURS[1:], strict=False):
         left.axvline(limit, linestyle="--", color=colour, label=name)
-    left.set(xlabel="training samples per second (grey: not kept)", xlim=(0, 1.08 * max(*speeds, *limits.values())))
+    left.set(
+        xlabel="training samples per second (grey: not kept)", xlim=(0, 1.08 * max(*speeds, *limits.values()))
+    )
     left.xaxis.set_major_formatter(EngFormatter(sep=""))
     right.scatter([100 * accuracy for accuracy in accuracies], names, color=colours)
     right.set(xlabel="test accuracy (%), same number of samples", yticklabels=[])
@@ -155,35 +146,59 @@ def ladder(rungs: dict[str, tuple[float, float]], kept: Sequence[str], limits: d
 
 @styled
 def against_theory(
-    series: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    series: dict[str, tuple[Sequence[float], Sequence[float | Spread], Sequence[float]]],
     xlabel: str,
     ylabel: str,
     levels: dict[str, float] | None = None,
     marks: dict[str, float] | None = None,
     log: str = "x",
 ) -> Figure:
-    """Points that were measured and a dashed line that theory predicts, for each name: (x, measured, predicted).
+    """Points that were measured and a dashed line that theory predicts, for each name: (x, measured,
+    predicted).
 
-    Either may be empty.
+    Either may be empty. Measured values with a spread have whiskers.
 
-    `levels` and `marks` are named horizontal and vertical lines; `log` names the logarithmic axes, "", "x" or "xy".
+    `levels` and `marks` are named horizontal and vertical lines; `log` names the logarithmic axes, "", "x" or
+    "xy".
     """
-    drawn, (axis,) = _axes(1, 8, 3.8)
+    drawn, (axis,) = panels_of(1, 8, 3.8)
     for (name, (x, measured, predicted)), colour in zip(series.items(), COLOURS, strict=False):
         if measured:
-            axis.plot(x, measured, "o-", color=colour, linewidth=1, label=f"{name}, measured")
+            axis.plot(
+                x,
+                [middle(value) for value in measured],
+                "o-",
+                color=colour,
+                linewidth=1,
+                label=f"{name}, measured",
+            )
+            for at, value in zip(x, measured, strict=True):
+                if isinstance(value, Spread):
+                    axis.vlines(at, value.low, value.high, color=colour, linewidth=1.2)
         if predicted:
             axis.plot(x, predicted, "--", color=colour, label=f"{name}, predicted")
     for name, level in (levels or {}).items():
         axis.axhline(level, color="black", linewidth=0.8, linestyle=":")
-        axis.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
+        axis.annotate(
+            name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+        )
     if "x" in log:
         axis.set_xscale("log", base=2)
     for name, place in (marks or {}).items():
         axis.axvline(place, color=COLOURS[6], linewidth=0.8, linestyle=":")
-        axis.annotate(name, (place, 0.03), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="bottom", fontsize=9)
+        axis.annotate(
+            name,
+            (place, 0.03),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            ha="right",
+            va="bottom",
+            fontsize=9,
+        )
     axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if "y" in log else "linear")
-    axis.xaxis.set_major_formatter(EngFormatter(sep="", places=0) if "x" in log else axis.xaxis.get_major_formatter())
+    axis.xaxis.set_major_formatter(
+        EngFormatter(sep="", places=0) if "x" in log else axis.xaxis.get_major_formatter()
+    )
     if "y" not in log:
         axis.set_ylim(bottom=0)
     drawn.legend(loc="outside right center", fontsize=9)
@@ -192,10 +207,14 @@ def against_theory(
 
 @styled
 def timeline(
-    lanes: dict[str, list[tuple[str, float, float]]], colours: dict[str, str] | None = None, title: str | None = None
+    lanes: dict[str, list[tuple[str, float, float]]],
+    colours: dict[str, str] | None = None,
+    title: str | None = None,
 ) -> Figure:
-    """What happened when: lane -> [(what, start, end)], in seconds, drawn in milliseconds; `colours` by the first word."""
-    drawn, (axis,) = _axes(1, 9, 0.9 + 0.6 * len(lanes))
+    """What happened when: lane -> [(what, start, end)], in seconds, drawn in milliseconds; `colours` by the
+    first word.
+    """
+    drawn, (axis,) = panels_of(1, 9, 0.9 + 0.6 * len(lanes))
     words = list(dict.fromkeys(what.split()[0].rstrip(",") for spans in lanes.values() for what, *_ in spans))
     colours = dict(zip(words, COLOURS * len(words), strict=False)) | (colours or {})
     width = 1e3 * max(end for spans in lanes.values() for *_, end in spans)
@@ -211,69 +230,67 @@ def timeline(
             bottom = row - 0.4 + level * height
             look = {"facecolor": colours[what.split()[0].rstrip(",")], "edgecolor": "white", "linewidth": 0.5}
             axis.broken_barh([(start, length)], (bottom, 0.92 * height), **look)
-            short = what if "\n" in what else what.split()[-1]  # a micro-batch's number fits where its name does not
+            # A micro-batch's number fits where its name does not.
+            short = what if "\n" in what else what.split()[-1]
             for text in (what, short):
                 if length > 0.012 * max(map(len, text.split("\n"))) * width:
                     axis.text(
-                        start + length / 2, bottom + 0.46 * height, text, ha="center", va="center", fontsize=8, color="white"
+                        start + length / 2,
+                        bottom + 0.46 * height,
+                        text,
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="white",
                     )
                     break
     if title:
-        drawn.legend([plt.Rectangle((0, 0), 1, 1, color=colours[word]) for word in words], words, loc="outside right upper")
-    axis.set(title=title, xlabel="time (ms)", xlim=(0, width), yticks=range(len(lanes)), ylim=(len(lanes) - 0.5, -0.5))
+        drawn.legend(
+            [plt.Rectangle((0, 0), 1, 1, color=colours[word]) for word in words],
+            words,
+            loc="outside right upper",
+        )
+    axis.set(
+        title=title,
+        xlabel="time (ms)",
+        xlim=(0, width),
+        yticks=range(len(lanes)),
+        ylim=(len(lanes) - 0.5, -0.5),
+    )
     axis.set_yticklabels(list(lanes))
     axis.grid(axis="y", visible=False)
     return drawn
 
 
 @styled
-def bars(columns: dict[str, dict[str, float]], log: Sequence[str] = ()) -> Figure:
-    """One panel of horizontal bars for each quantity: quantity with its unit -> name -> value; those in `log` logarithmic."""
+def bars(columns: dict[str, dict[str, float | Spread]], log: Sequence[str] = ()) -> Figure:
+    """One panel for each quantity: quantity with its unit -> name -> value. Those in `log` are points on a
+    logarithmic axis, where the length of a bar would mean nothing. Values with a spread have whiskers."""
     rows = list(dict.fromkeys(name for values in columns.values() for name in values))
-    drawn, panels = _axes(len(columns), 9, 1.0 + 0.34 * len(rows))
+    drawn, panels = panels_of(len(columns), 9, 1.0 + 0.34 * len(rows))
     for axis, (title, values), colour in zip(panels, columns.items(), COLOURS * len(columns), strict=False):
-        drawn_bars = axis.barh(rows, [values.get(name, 0.0) for name in rows], color=colour, height=0.65)
-        axis.bar_label(drawn_bars, [_short(values[name]) if name in values else "" for name in rows], padding=3, fontsize=9)
-        axis.set(xlabel=title, xscale="log" if title in log else "linear")
-        axis.margins(x=0.25)
+        places, middles = (
+            range(len(rows)),
+            [middle(values[name]) if name in values else 0.0 for name in rows],
+        )
+        if title in log:
+            axis.plot(middles, places, "o", color=colour)
+            axis.set_xscale("log")
+        else:
+            axis.barh(places, middles, color=colour, height=0.65)
+        for place, name in zip(places, rows, strict=True):
+            if name in values:
+                end = whisker(axis, values[name], place)
+                axis.annotate(
+                    short(middle(values[name]), 3),
+                    (end, place),
+                    (5, 0),
+                    va="center",
+                    textcoords="offset points",
+                    fontsize=9,
+                )
+        axis.set(xlabel=title, yticks=places, yticklabels=rows if axis is panels[0] else [])
+        axis.margins(x=0.3)
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
-        if axis is not panels[0]:
-            axis.set_yticklabels([])
-    return drawn
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-@styled
-def batch_split(batch: Sequence[int], pieces: dict[str, tuple[Sequence[int], Sequence[int]]], joined: Sequence[int]) -> Figure:
-    """How a batch is shared out and comes back: its shape, by replica the shapes that go in and come out, and the joined one."""
-    drawn, (axis,) = _axes(1, 9, 0.8 + 0.9 * len(pieces))
-    axis.axis("off")
-    axis.set(xlim=(0, 10), ylim=(0, 1))
-
-    def box(left: float, bottom: float, width: float, height: float, colour: str, text: str) -> None:
-        axis.add_patch(plt.Rectangle((left, bottom), width, height, color=colour))
-        axis.text(left + width / 2, bottom + height / 2, text, ha="center", va="center", color="white", fontsize=9)
-
-    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
-        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "grey"})
-
-    def size(shape: Sequence[int]) -> str:
-        return " x ".join(map(str, shape))
-
-    box(0, 0.05, 1.7, 0.9, COLOURS[7], f"batch\n{size(batch)}")
-    box(8.3, 0.05, 1.7, 0.9, COLOURS[7], f"outputs\n{size(joined)}")
-    top = 0.95
-    for (name, (given, output)), colour in zip(pieces.items(), COLOURS * len(pieces), strict=False):
-        height = 0.9 * given[0] / batch[0]
-        middle = top - height / 2
-        box(2.6, top - 0.96 * height, 4.8, 0.92 * height, colour, f"{name}\n{size(given)}  \u2192  {size(output)}")
-        arrow((1.7, middle), (2.6, middle))
-        arrow((7.4, middle), (8.3, middle))
-        top -= height
-    for place, word in ((2.15, "scatter"), (5, "replicate, forward"), (7.85, "gather")):
-        axis.text(place, 1, word, ha="center", va="bottom", fontsize=9)
     return drawn

@@ -1,6 +1,7 @@
-"""One line of JSON for each measurement, so that what was gained here can be compared across notebooks and machines."""
+"""One line of JSON for each measurement, so that what was gained here can be compared across notebooks and
+machines.
+"""
 
-import html
 import json
 import os
 import time
@@ -8,16 +9,18 @@ from pathlib import Path
 
 import torch
 
-from companion import measure
+from companion import host, machine, tables
+from companion.measure import Spread
 
 FILE = "scoreboard.jsonl"
+_watch = host.Watch()  # of what other processes take, from one record to the next
 
 
 def record(
     results_dir: str | Path,
     notebook: str,
     technique: str,
-    metrics: dict[str, tuple[float, str]] | None = None,
+    metrics: dict[str, tuple[float | Spread, str]] | None = None,
     *,
     device: torch.device | str = "cpu",
     skipped: str | None = None,
@@ -25,8 +28,10 @@ def record(
 ) -> dict:
     """Appends one measurement to `results_dir`'s scoreboard and gives it.
 
-    `metrics` maps a name to (value, unit): `{"speed": (9100.0, "samples/s")}`. What could not run here has `skipped`, the
-    reason, instead. `settings` are whatever else tells this row from others. Several processes may record at once.
+    `metrics` maps a name to (value, unit): `{"speed": (9100.0, "samples/s")}`; a `measure.Spread` keeps its
+    range. What could not run here has `skipped`, the reason, instead. `settings` are whatever else tells this
+    row from others. If the machine was busy since the last record, the row says so. Several processes may
+    record at once.
 
     Raises ValueError when there are neither metrics nor a reason, or a value is not finite.
     """
@@ -37,10 +42,13 @@ def record(
         "notebook": notebook,
         "technique": technique,
         "status": f"skipped: {skipped}" if skipped else "measured",
-        "metrics": {name: {"value": float(value), "unit": unit} for name, (value, unit) in (metrics or {}).items()},
+        "metrics": {
+            name: {**_numbers(value), "unit": unit} for name, (value, unit) in (metrics or {}).items()
+        },
         "settings": settings,
         "device": str(device),
-        "environment": measure.environment(),
+        "busy": _watch.busy(again=True),
+        "environment": machine.environment(),
     }
     line = json.dumps(row, allow_nan=False).encode() + b"\n"
     path = Path(results_dir, FILE)
@@ -56,7 +64,9 @@ def record(
 
 
 def read(results_dir: str | Path) -> list[dict]:
-    """All rows recorded in `results_dir`, oldest first; an empty list where nothing was. Raises ValueError for a damaged line."""
+    """All rows recorded in `results_dir`, oldest first; an empty list where nothing was. Raises ValueError
+    for a damaged line.
+    """
     path, rows = Path(results_dir, FILE), []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
@@ -66,37 +76,33 @@ def read(results_dir: str | Path) -> list[dict]:
     return rows
 
 
-class Table:
-    """Rows of a scoreboard, shown as a table in a notebook and as text in a terminal."""
+def _numbers(value: float | Spread) -> dict[str, float]:
+    if isinstance(value, Spread):
+        return {"value": float(value.median), "low": float(value.low), "high": float(value.high)}
+    return {"value": float(value)}
 
-    HEAD = ("notebook", "technique", "result", "device", "threads")
 
-    def __init__(self, rows: list[dict]):
-        self.rows = [
-            (
-                row["notebook"],
-                row["technique"],
-                ", ".join(f"{name} {_short(m['value'])} {m['unit']}" for name, m in row["metrics"].items()) or row["status"],
-                row["device"],
-                str(row["settings"].get("threads", row["environment"]["threads"])),
-            )
-            for row in rows
-        ]
-
-    def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(self.HEAD, *self.rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (self.HEAD, *self.rows)
+def table(rows: list[dict]) -> tables.Table:
+    """Rows of a scoreboard, for a notebook or a terminal; rows of a busy machine say that they are not to be
+    trusted.
+    """
+    head, lines = ("notebook", "technique", "result", "device", "threads"), []
+    for row in rows:
+        threads = row["settings"].get("threads", row["environment"]["threads"])
+        result = (
+            ", ".join(f"{name} {_result(entry)}" for name, entry in row["metrics"].items()) or row["status"]
         )
-
-    def _repr_html_(self) -> str:
-        lines = [("th", self.HEAD), *(("td", row) for row in self.rows)]
-        body = "".join(
-            f"<tr>{''.join(f'<{tag} style=text-align:left>{html.escape(cell)}</{tag}>' for cell in row)}</tr>"
-            for tag, row in lines
-        )
-        return f"<table>{body}</table>"
+        lines.append((row["notebook"], row["technique"], result, row["device"], str(threads)))
+    if any(row.get("busy") for row in rows):
+        head += ("doubt",)
+        lines = [(*line, _doubt(row)) for line, row in zip(lines, rows, strict=True)]
+    return tables.Table(head, lines)
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def _result(entry: dict) -> str:
+    spread = f" ({tables.short(entry['low'])}-{tables.short(entry['high'])})" if "low" in entry else ""
+    return f"{tables.short(entry['value'])}{spread} {entry['unit']}"
+
+
+def _doubt(row: dict) -> str:
+    return f"this machine was busy, not to be trusted: {row['busy']}" if row.get("busy") else ""

@@ -1,19 +1,18 @@
-"""Cuts a model into stages that run one after another, each handing a single tensor to the next, and balances their times.
+"""Cuts a model into stages that run one after another, each handing a single tensor to the next, and balances
+their times.
 
 layers = splitting.profile(model, images)      # where it can be cut, and how long each layer takes here
 at = splitting.balanced(layers, stages=4)      # the layers after which to cut
 stages = splitting.split(model, at)            # modules that share the model's parameters
 """
 
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from companion import devices
+from companion import measure
 
 
 class SplitError(ValueError):
@@ -61,14 +60,22 @@ def _alive(graph: fx.GraphModule) -> list[tuple[fx.Node, list[fx.Node]]]:
     place = {node: i for i, node in enumerate(nodes)}
     last = {node: max((place[user] for user in node.users), default=-1) for node in nodes}
     computing = [node for node in nodes if node.op.startswith("call_")]
-    return [(node, [n for n in nodes[: place[node] + 1] if n.op != "get_attr" and last[n] > place[node]]) for node in computing]
+    return [
+        (node, [n for n in nodes[: place[node] + 1] if n.op != "get_attr" and last[n] > place[node]])
+        for node in computing
+    ]
 
 
 def _cuts(graph: fx.GraphModule) -> dict[str, fx.Node]:
-    """The places after which one value alone goes on, by name; the last is the end of the model. A name is unique or numbered."""
+    """The places after which one value alone goes on, by name; the last is the end of the model. A name is
+    unique or numbered.
+    """
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:
-        raise SplitError(f"forward takes {len(inputs)} inputs ({', '.join(map(str, inputs))}); a pipeline's stages hand on one")
+        raise SplitError(
+            f"forward takes {len(inputs)} inputs ({', '.join(map(str, inputs))}); a pipeline's stages hand "
+            f"on one"
+        )
     found: dict[str, fx.Node] = {}
     for node, alive in _alive(graph):
         if alive == [node] and not any(_in_place(user, graph) for user in node.users):
@@ -80,11 +87,12 @@ def _cuts(graph: fx.GraphModule) -> dict[str, fx.Node]:
 
 
 def split(model: nn.Module, at: str | Sequence[str]) -> list[nn.Module]:
-    """Stages of `model`, cut after each layer named in `at` ("features.5"); they share the model's parameters and buffers.
+    """Stages of `model`, cut after each layer named in `at` ("features.5"); they share the model's parameters
+    and buffers.
 
-    Any model will do whose forward torch.fx can follow, and any nn.Sequential. Raises SplitError, a ValueError: for a name
-    after which no cut is possible, saying what else would have to be sent; for parameters used on both sides of a cut; for
-    forwards that cannot be followed.
+    Any model will do whose forward torch.fx can follow, and any nn.Sequential. Raises SplitError, a
+    ValueError: for a name after which no cut is possible, saying what else would have to be sent; for
+    parameters used on both sides of a cut; for forwards that cannot be followed.
     """
     graph, at = _trace(model), [at] if isinstance(at, str) else at
     cuts = _cuts(graph)
@@ -96,13 +104,21 @@ def split(model: nn.Module, at: str | Sequence[str]) -> list[nn.Module]:
                 why = f"{len(crossing)} values would have to be sent ({', '.join(map(_name, crossing))})"
             elif crossing:
                 why = "the next layer overwrites its input in place"
-            raise SplitError(f"{type(model).__name__} cannot be cut after {name!r}: {why}; use one of {', '.join(cuts)}")
+            raise SplitError(
+                f"{type(model).__name__} cannot be cut after {name!r}: {why}; use one of {', '.join(cuts)}"
+            )
     order = list(cuts)
-    if len(set(at)) != len(at) or [order.index(name) for name in at] != sorted(order.index(name) for name in at):
-        raise SplitError(f"the cuts {list(at)} are not in the order of the model, each once: {', '.join(order)}")
+    if len(set(at)) != len(at) or [order.index(name) for name in at] != sorted(
+        order.index(name) for name in at
+    ):
+        raise SplitError(
+            f"the cuts {list(at)} are not in the order of the model, each once: {', '.join(order)}"
+        )
     if at and at[-1] == order[-1]:
         raise SplitError(f"nothing comes after {at[-1]!r}, the last layer")
-    ends = [cuts[name] for name in at] + [next(node.args[0] for node in graph.graph.nodes if node.op == "output")]
+    ends = [cuts[name] for name in at] + [
+        next(node.args[0] for node in graph.graph.nodes if node.op == "output")
+    ]
     stages, given = [], next(node for node in graph.graph.nodes if node.op == "placeholder" and node.users)
     for end in ends:
         stages.append(_between(graph, given, end))
@@ -111,12 +127,16 @@ def split(model: nn.Module, at: str | Sequence[str]) -> list[nn.Module]:
     for number, module in enumerate(stages):
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if owner.setdefault(id(tensor), number) != number:
-                raise SplitError(f"stages {owner[id(tensor)]} and {number} share {name}: tied weights cannot be cut apart")
+                raise SplitError(
+                    f"stages {owner[id(tensor)]} and {number} share {name}: tied weights cannot be cut apart"
+                )
     return stages
 
 
 def _between(graph: fx.GraphModule, given: fx.Node, end: fx.Node) -> fx.GraphModule:
-    """What computes the value `end` from the value `given`; names of parameters and modules are those of the model."""
+    """What computes the value `end` from the value `given`; names of parameters and modules are those of the
+    model.
+    """
     part, copies = fx.Graph(), {}
     copies[given] = part.placeholder("x")
     nodes = list(graph.graph.nodes)
@@ -131,7 +151,9 @@ def _between(graph: fx.GraphModule, given: fx.Node, end: fx.Node) -> fx.GraphMod
 
 @dataclass(frozen=True)
 class Layer:
-    """What lies between two possible cuts: median seconds of its passes, bytes of its parameters and of what it hands on."""
+    """What lies between two possible cuts: median seconds of its passes, bytes of its parameters and of what
+    it hands on.
+    """
 
     name: str
     forward_seconds: float
@@ -145,44 +167,38 @@ class Layer:
 
 
 def profile(model: nn.Module, images: torch.Tensor, rounds: int = 5) -> list[Layer]:
-    """Measures every layer on `images` `[N, ...]`, on the device the model is on; gradients and buffers stay as they were.
+    """Measures every layer on `images` `[N, ...]`, on the device the model is on; gradients and buffers stay
+    as they were.
 
     Raises SplitError for a model that torch.fx cannot follow.
     """
     names = list(_cuts(_trace(model)))
     stages = split(model, names[:-1])
-    device = images.device
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = [(p, p.grad) for p in model.parameters()]
     model.zero_grad()  # or they would be added to
-    times: list[list[tuple[float, float]]] = [[] for _ in stages]
-    sizes = [0] * len(stages)
+    laps, sizes = measure.Laps(images.device), [0] * len(stages)
     for _ in range(rounds + 1):
         value, passes = images, []
         for number, stage in enumerate(stages):
             given = value.detach().requires_grad_(number > 0)  # nobody asks for the images' gradient
-            devices.synchronize(device)
-            start = time.perf_counter()
-            value = stage(given)
-            devices.synchronize(device)
-            passes.append((given, value, time.perf_counter() - start))
+            value = laps(f"{number} forward", stage, given)
+            passes.append((given, value))
             sizes[number] = value.nbytes
         gradient = torch.ones_like(value)
-        for number, (given, value, forward) in reversed(list(enumerate(passes))):
-            start = time.perf_counter()
-            if value.requires_grad:
-                value.backward(gradient)
-            devices.synchronize(device)
-            times[number].append((forward, time.perf_counter() - start))
+        for number, (given, value) in reversed(list(enumerate(passes))):
+            backward = value.backward if value.requires_grad else lambda gradient: None
+            laps(f"{number} backward", backward, gradient)
             gradient = given.grad
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
     for parameter, before in gradients:
         parameter.grad = before
+    seconds = {name: spread.median for name, spread in laps.spreads().items()}
     return [
-        Layer(name, *(statistics.median(series) for series in zip(*each[1:], strict=True)), _bytes(stage), size)
-        for name, stage, each, size in zip(names, stages, times, sizes, strict=True)
+        Layer(name, seconds[f"{i} forward"], seconds[f"{i} backward"], _bytes(stage), size)
+        for i, (name, stage, size) in enumerate(zip(names, stages, sizes, strict=True))
     ]
 
 
@@ -191,10 +207,14 @@ def _bytes(module: nn.Module) -> int:
 
 
 def balanced(layers: Sequence[Layer], stages: int) -> list[str]:
-    """The layers after which to cut so that the slowest of `stages` stages is as fast as can be; each has parameters to train."""
+    """The layers after which to cut so that the slowest of `stages` stages is as fast as can be; each has
+    parameters to train.
+    """
     learning = sum(layer.parameter_bytes > 0 for layer in layers)
     if not 1 <= stages <= learning:
-        raise SplitError(f"{learning} layers with parameters cannot make {stages} stages; use 1 to {learning}")
+        raise SplitError(
+            f"{learning} layers with parameters cannot make {stages} stages; use 1 to {learning}"
+        )
     seconds, parameters = [0.0], [0]
     for layer in layers:
         seconds.append(seconds[-1] + layer.seconds)

@@ -30,5 +30,7 @@ def _installed() -> tuple[int, ...]:
 
 
 def has_right_pipeline_warm_up() -> bool:
-    """Whether torch.distributed.pipelining's first messages have the same type at both ends, which gloo insists on."""
+    """Whether torch.distributed.pipelining's first messages have the same type at both ends, which gloo
+    insists on.
+    """
     return _installed() >= (2, 13)

@@ -1,8 +1,6 @@
 """The one training loop of all notebooks, and the one evaluation."""
 
 import math
-import os
-import pickle
 import random
 import statistics
 import time
@@ -15,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from companion import checkpoint as checkpoint_files
 from companion import devices
 from companion.data import Augment, Batches, Split, Splits
 
@@ -24,7 +23,9 @@ _CHECK_EVERY = 50  # steps between looks at the loss on an accelerator, where ea
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. `amp` is None (float32), "bfloat16" or "float16"; `schedule` is "onecycle" or "constant"."""
+    """How to train. `amp` is None (float32), "bfloat16" or "float16"; `schedule` is "onecycle" or
+    "constant".
+    """
 
     epochs: int = 10
     batch_size: int = 64
@@ -46,7 +47,9 @@ class Recipe:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(map(repr, allowed))}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(map(repr, allowed))}"
+                )
         for name in ("epochs", "batch_size", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
@@ -54,7 +57,9 @@ class Recipe:
 
 @dataclass
 class History:
-    """What `fit` measured, one entry an epoch. Accuracies are from 0 to 1, times in seconds, without the validation's."""
+    """What `fit` measured, one entry an epoch. Accuracies are from 0 to 1, times in seconds, without the
+    validation's.
+    """
 
     train_loss: list[float] = field(default_factory=list)
     val_loss: list[float] = field(default_factory=list)
@@ -65,7 +70,9 @@ class History:
 
     @property
     def samples_per_second(self) -> float:
-        """Median over the epochs; the first, which warms up or compiles, counts only if it is the only one."""
+        """Median over the epochs; the first, which warms up or compiles, counts only if it is the only
+        one.
+        """
         rates = [n / s for n, s in zip(self.epoch_samples, self.epoch_seconds, strict=True)]
         return statistics.median(rates[1:] or rates)
 
@@ -107,8 +114,16 @@ def plain_step(model, images, labels, loss_function, optimizer) -> torch.Tensor:
     return loss.detach()
 
 
+def stepper(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A training step of SGD on one batch, to be called again and again; the weights hardly change."""
+    optimizer = make_optimizer(model, Recipe(learning_rate=1e-7, optimizer="sgd"))
+    return lambda: plain_step(model, images, labels, F.cross_entropy, optimizer)
+
+
 def amp_step(device_type: str, dtype: torch.dtype, scaler: torch.amp.GradScaler | None = None) -> Step:
-    """A step whose forward pass runs in automatic mixed precision; `scaler` keeps float16 gradients from vanishing."""
+    """A step whose forward pass runs in automatic mixed precision; `scaler` keeps float16 gradients from
+    vanishing.
+    """
     scaler = scaler or torch.amp.GradScaler(device_type, enabled=False)
 
     def step(model, images, labels, loss_function, optimizer) -> torch.Tensor:
@@ -135,83 +150,132 @@ def fit(
     validate: bool = True,
     progress: bool = True,
 ) -> History:
-    """Trains `model` in place on `splits.train` and gives what was measured; validates on `splits.val` after each epoch.
+    """Trains `model` in place on `splits.train` and gives what was measured; validates on `splits.val` after
+    each epoch.
 
-    `step(model, images, labels, loss_function, optimizer)` does one update and gives the loss: pass a technique's own.
-    `batches` replaces the recipe's batches by any iterable with a length that gives (images, labels) on any device.
-    `checkpoint` names a file written after each epoch; if it is there, training goes on from it, to the very same weights
-    as a run that was never interrupted. With a fixed seed, a CPU gives the same weights bit for bit.
+    `step(model, images, labels, loss_function, optimizer)` does one update and gives the loss: pass a
+    technique's own. `batches` replaces the recipe's batches by any iterable with a length that gives (images,
+    labels) on any device. `checkpoint` names a file written after each epoch; if it is there, training goes
+    on from it, to the very same weights as a run that was never interrupted. With a fixed seed, a CPU gives
+    the same weights bit for bit.
 
-    Raises ValueError for settings that contradict each other, FloatingPointError (step and learning rate named) when the
-    loss is not finite, RuntimeError for a checkpoint that is damaged or of another recipe.
+    Raises ValueError for settings that contradict each other, FloatingPointError (step and learning rate
+    named) when the loss is not finite, RuntimeError for a checkpoint that is damaged or of another recipe.
     """
     recipe = recipe or Recipe()
     if step and recipe.amp:
-        raise ValueError(f"amp={recipe.amp!r} has no effect on a step of your own; use torch.autocast inside it")
+        raise ValueError(
+            f"amp={recipe.amp!r} has no effect on a step of your own; use torch.autocast inside it"
+        )
     device = device if isinstance(device, torch.device) else devices.select(device)
     model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
-    batches = (
-        Batches(splits.train, recipe.batch_size, device, recipe.augment, drop_last=True, seed=recipe.seed)
-        if batches is None
-        else batches
-    )
-    optimizer = make_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "float16")
-    step = step or (amp_step(device.type, getattr(torch, recipe.amp), scaler) if recipe.amp else plain_step)
-    steps = recipe.epochs * len(batches)
-    one_cycle = recipe.schedule == "onecycle" and steps > 1
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps) if one_cycle else None
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"scheduler": scheduler} if scheduler else {})
-    history = _resume(Path(checkpoint), state, recipe, device) if checkpoint else None
+    if batches is None:
+        batches = Batches(
+            splits.train, recipe.batch_size, device, recipe.augment, drop_last=True, seed=recipe.seed
+        )
+    run = _Run(model, recipe, device, step, batches)
+    history = run.resumed(Path(checkpoint)) if checkpoint else None
     if history is None:
         history = History()
         seed_everything(recipe.seed)
 
-    def loss_function(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-
-    done = len(history.train_loss)
-    check_every = 1 if device.type == "cpu" else _CHECK_EVERY
-    with tqdm(total=steps, initial=done * len(batches), unit="step", disable=not progress, leave=False) as bar:
+    done, steps = len(history.train_loss), len(batches)
+    with tqdm(
+        total=recipe.epochs * steps, initial=done * steps, unit="step", disable=not progress, leave=False
+    ) as bar:
         for epoch in range(done, recipe.epochs):
-            model.train()
-            if hasattr(batches, "set_epoch"):
-                batches.set_epoch(epoch)
-            losses, rates, samples = [], [], 0
-            devices.synchronize(device)
-            start = time.perf_counter()
-            for images, labels in batches:
-                images, labels = images.to(device), labels.to(device)
-                if recipe.channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                rates.append(optimizer.param_groups[0]["lr"])
-                losses.append(step(model, images, labels, loss_function, optimizer))
-                devices.end_step(device)
-                if scheduler:
-                    scheduler.step()
-                samples += len(labels)
-                bar.update()
-                if len(losses) % check_every == 0 and not math.isfinite(losses[-1]):
-                    _check_finite(losses[-check_every:], rates[-check_every:], epoch, epoch * len(batches) + len(losses))
-            _check_finite(losses, rates, epoch, epoch * len(batches) + len(losses))
-            devices.synchronize(device)
-            history.epoch_seconds.append(time.perf_counter() - start)
-            history.epoch_samples.append(samples)
-            history.learning_rate.append(rates[-1])
-            history.train_loss.append(float(torch.stack(losses).mean()))
+            run.epoch(epoch, history, bar)
             if validate:
                 result = evaluate(model, splits.val)
                 history.val_loss.append(result.loss)
                 history.val_accuracy.append(result.accuracy)
                 bar.set_postfix(val_accuracy=f"{result.accuracy:.3f}")
             if checkpoint:
-                _save(Path(checkpoint), state, recipe, history, device)
+                run.save(Path(checkpoint), history)
     return history
+
+
+class _Run:
+    """A training under way: what changes with each step, and the recipe that it follows."""
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, device: torch.device, step: Step | None, batches: Iterable
+    ):
+        self.model, self.recipe, self.device, self.batches = model, recipe, device, batches
+        self.optimizer = make_optimizer(model, recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "float16")
+        amp = amp_step(device.type, getattr(torch, recipe.amp), self.scaler) if recipe.amp else plain_step
+        self.step = step or amp
+        steps = recipe.epochs * len(batches)
+        one_cycle = recipe.schedule == "onecycle" and steps > 1
+        schedule = torch.optim.lr_scheduler.OneCycleLR
+        self.scheduler = (
+            schedule(self.optimizer, recipe.learning_rate, total_steps=steps) if one_cycle else None
+        )
+
+    def loss_function(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+
+    def epoch(self, epoch: int, history: History, bar: tqdm) -> None:
+        """One pass over the batches; adds what it measured to the history."""
+        self.model.train()
+        if hasattr(self.batches, "set_epoch"):
+            self.batches.set_epoch(epoch)
+        losses, rates, samples, before = [], [], 0, epoch * len(self.batches)
+        check_every = 1 if self.device.type == "cpu" else _CHECK_EVERY
+        devices.synchronize(self.device)
+        start = time.perf_counter()
+        for images, labels in self.batches:
+            rates.append(self.optimizer.param_groups[0]["lr"])
+            losses.append(self.update(images, labels))
+            samples += len(labels)
+            bar.update()
+            if len(losses) % check_every == 0 and not math.isfinite(losses[-1]):
+                _check_finite(losses[-check_every:], rates[-check_every:], epoch, before + len(losses))
+        _check_finite(losses, rates, epoch, before + len(losses))
+        devices.synchronize(self.device)
+        history.epoch_seconds.append(time.perf_counter() - start)
+        history.epoch_samples.append(samples)
+        history.learning_rate.append(rates[-1])
+        history.train_loss.append(float(torch.stack(losses).mean()))
+
+    def update(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """One step: of the weights, and of the learning rate; gives the loss."""
+        images, labels = images.to(self.device), labels.to(self.device)
+        if self.recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        loss = self.step(self.model, images, labels, self.loss_function, self.optimizer)
+        devices.end_step(self.device)
+        if self.scheduler:
+            self.scheduler.step()
+        return loss
+
+    def parts(self) -> dict[str, object]:
+        """What a checkpoint holds the state of."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        return parts | ({"scheduler": self.scheduler} if self.scheduler else {})
+
+    def save(self, path: Path, history: History) -> None:
+        contents = {name: part.state_dict() for name, part in self.parts().items()}
+        contents |= {"settings": asdict(self.recipe), "history": asdict(history)}
+        checkpoint_files.save(path, contents | {"random": checkpoint_files.random_state(self.device)})
+
+    def resumed(self, path: Path) -> History | None:
+        """The history so far, everything else as it was then; None where there is no checkpoint yet."""
+        saved = checkpoint_files.load(path, asdict(self.recipe))
+        if saved is None:
+            return None
+        for name, part in self.parts().items():
+            part.load_state_dict(saved[name])
+        checkpoint_files.set_random_state(saved["random"], self.device)
+        return History(**saved["history"])
 
 
 @torch.no_grad()  # inference_mode would do, but torch_xla 2.9 refuses it
 def evaluate(model: nn.Module, split: Split, batch_size: int = 1000) -> Evaluation:
-    """The model's loss, accuracy and logits over a split, on the device the model is on; its train or eval mode is kept."""
+    """The model's loss, accuracy and logits over a split, on the device the model is on; its train or eval
+    mode is kept.
+    """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     logits = torch.cat([model(images.to(device)).float().cpu() for images in split.images.split(batch_size)])
@@ -228,47 +292,7 @@ def _check_finite(losses: list[torch.Tensor], rates: list[float], epoch: int, la
     first = int((~finite).int().argmax())
     step = last_step - len(losses) + first + 1
     raise FloatingPointError(
-        f"the loss is {float(losses[first])} at step {step} (epoch {epoch + 1}), learning rate {rates[first]:.3g}: "
+        f"the loss is {float(losses[first])} at step {step} (epoch {epoch + 1}), learning rate "
+        f"{rates[first]:.3g}: "
         "lower the learning rate, or look for a division by zero or an overflow in the model"
     )
-
-
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _save(path: Path, state: dict, recipe: Recipe, history: History, device: torch.device) -> None:
-    """Replaces the checkpoint in one move, so that a run killed meanwhile leaves the previous one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    contents = {name: part.state_dict() for name, part in state.items()}
-    contents |= {"recipe": asdict(recipe), "history": asdict(history), "rng": _rng_state(device)}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        torch.save(contents, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _resume(path: Path, state: dict, recipe: Recipe, device: torch.device) -> History | None:
-    if path.is_dir() or not os.access(next(folder for folder in path.absolute().parents if folder.exists()), os.W_OK):
-        raise ValueError(f"checkpoint {path} cannot be written: name a file in a folder that you may write to")
-    if not path.exists():
-        return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise RuntimeError(f"checkpoint {path} is damaged ({type(error).__name__}): delete it to start again") from error
-    differences = [
-        f"{name}={saved['recipe'][name]!r} then, {value!r} now"
-        for name, value in asdict(recipe).items()
-        if saved["recipe"][name] != value
-    ]
-    if differences:
-        raise RuntimeError(f"checkpoint {path} is of another recipe ({'; '.join(differences)}): name another file or delete it")
-    for name, part in state.items():
-        part.load_state_dict(saved[name])
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if "cuda" in saved["rng"] and device.type == "cuda":
-        torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
-    return History(**saved["history"])

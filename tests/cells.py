@@ -29,7 +29,12 @@ def tagged(notebook: nbformat.NotebookNode, tag: str) -> list[nbformat.NotebookN
 
 def proofs(notebook: nbformat.NotebookNode) -> dict[str, nbformat.NotebookNode]:
     """The cells tagged `proof:NAME`, by name."""
-    return {tag.removeprefix(PROOF): cell for cell in notebook.cells for tag in tags(cell) if tag.startswith(PROOF)}
+    return {
+        tag.removeprefix(PROOF): cell
+        for cell in notebook.cells
+        for tag in tags(cell)
+        if tag.startswith(PROOF)
+    }
 
 
 def plain(source: str) -> str:
@@ -42,7 +47,11 @@ def names(source: str) -> tuple[set[str], set[str]]:
     bound, read = set(), set()
     for statement in ast.parse(plain(source)).body:
         table = symtable.symtable(ast.unparse(statement), "cell", "exec")
-        binds = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+        binds = {
+            symbol.get_name()
+            for symbol in table.get_symbols()
+            if symbol.is_assigned() or symbol.is_imported()
+        }
         reads = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced()}
         reads |= {name for inner in table.get_children() for name in _globals_of(inner)}
         if isinstance(statement, ast.AugAssign):
@@ -55,14 +64,18 @@ def names(source: str) -> tuple[set[str], set[str]]:
 
 
 def _globals_of(table: symtable.SymbolTable) -> set[str]:
-    found = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
+    found = {
+        symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()
+    }
     return found.union(*(_globals_of(inner) for inner in table.get_children()))
 
 
 def needed(notebook: nbformat.NotebookNode, *wanted: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    """The wanted cells with the earlier ones that bind what they read, and those that these need, in their order.
+    """The wanted cells with the earlier ones that bind what they read, and those that these need, in their
+    order.
 
-    What a cell changes without binding a name is not seen. So a slice must be run as it is, and pass, to be believed.
+    What a cell changes without binding a name is not seen. So a slice must be run as it is, and pass, to be
+    believed.
     """
     cells, keep, missing = code(notebook), [], set()
     for cell in reversed(cells):

@@ -1,10 +1,16 @@
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from companion import data
+
+if threading.current_thread() is threading.main_thread():
+    # A shell's background jobs ignore Ctrl-C, and so would what the tests start, some of it to interrupt it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 pytest_plugins = ("times",)

@@ -1,7 +1,9 @@
-"""Everything that can go wrong in worker processes, made to happen: python tests/launch_faults.py --times 20 --seed 0
+"""Everything that can go wrong in worker processes, made to happen: python tests/launch_faults.py --times 20
+--seed 0
 
-Each case runs in processes of its own, must be reported as it should, in time, and must leave no process behind. The tests run
-each once; as a program this repeats them in a random order and prints a summary; it ends with 1 if any failed.
+Each case runs in processes of its own, must be reported as it should, in time, and must leave no process
+behind. The tests run each once; as a program this repeats them in a random order and prints a summary; it
+ends with 1 if any failed.
 """
 
 import argparse
@@ -30,13 +32,17 @@ from torch.utils.data import DataLoader
 from companion import launch
 
 HANG_SECONDS = 60
-MARK = "COMPANION_TESTS"  # in the environment of all that these tests start; other tests may run on this machine
+MARK = (
+    "COMPANION_TESTS"  # in the environment of all that these tests start; other tests may run on this machine
+)
 os.environ.setdefault(MARK, str(os.getpid()))
 SLEEP = "86399"  # an argument of `sleep` by which its process can be told
 
 
 def ours() -> set[int]:
-    """Processes that come from this one: forked from a forkserver, with what they forked, and marked sleepers."""
+    """Processes that come from this one: forked from a forkserver, with what they forked, and marked
+    sleepers.
+    """
     found = set()
     for process in psutil.process_iter(["cmdline", "status", "environ"]):
         words, theirs = " ".join(process.info["cmdline"] or []), (process.info["environ"] or {}).get(MARK)
@@ -77,7 +83,9 @@ def others_wait(rank: int) -> None:
 
 
 def asleep(process: psutil.Process, looks: int = 5) -> None:
-    """Waits until the process sleeps, at several looks in a row: in a barrier it does, before it, however busy, it does not."""
+    """Waits until the process sleeps, at several looks in a row: in a barrier it does, before it, however
+    busy, it does not.
+    """
     seen = 0
     while seen < looks:
         time.sleep(0.02)
@@ -156,7 +164,7 @@ def gives_lock():
 
 
 def gives_much():
-    from companion import worker
+    from companion.launch import worker
 
     worker.RESULT_BYTES = 2**20
     return torch.zeros(2**20)
@@ -178,7 +186,7 @@ def exception():
     assert re.search(r'File "[^"]*launch_faults.py", line \d+, in raises', text)
     assert "ranks 0, 2 was at" not in text
     assert re.search(r"ranks 0, 2 were at .*, in others_wait: dist.barrier\(\)", text)
-    assert "companion/worker.py" not in text
+    assert "companion/launch/worker.py" not in text
 
 
 def killed(by=signal.SIGKILL):
@@ -214,7 +222,9 @@ def unequal_collectives():
     assert re.search("time-?out|timed out", text, re.IGNORECASE)
     assert "rank 1 had returned" in text
     other = 2 - error.rank
-    assert re.search(rf"rank {other} (failed too: .*, at|was at) .*in one_more: dist.all_reduce\(x\)  # culprit", text)
+    assert re.search(
+        rf"rank {other} (failed too: .*, at|was at) .*in one_more: dist.all_reduce\(x\)  # culprit", text
+    )
 
 
 def too_long():
@@ -254,7 +264,10 @@ def unsendable_result():
 
 
 def result_too_large():
-    assert "is larger than 0.000977 GiB: return less, or save it to a file and return its path" in failure(gives_much).reason
+    assert (
+        "is larger than 0.000977 GiB: return less, or save it to a file and return its path"
+        in failure(gives_much).reason
+    )
 
 
 def unloadable():
@@ -268,7 +281,9 @@ def unsendable_function():
         def train():
             return settings["log"]
 
-        with pytest.raises(TypeError, match=r"train cannot be sent between processes: `settings` in train\['log'\] is a "):
+        with pytest.raises(
+            TypeError, match=r"train cannot be sent between processes: `settings` in train\['log'\] is a "
+        ):
             launch.run(train, 2)
 
 
@@ -280,7 +295,11 @@ def bad_arguments():
             ({"device": ["cpu"] * 3}, ValueError, "3 devices named where 2 are needed"),
             ({"device": "cuda:99"}, ValueError, "'cuda:99' is not available"),
             ({"backend": "mpi"}, ValueError, "backend='mpi' is unknown"),
-            ({"backend": "nccl", "device": "cpu"}, ValueError, "nccl needs a GPU of its own for each of 2 ranks"),
+            (
+                {"backend": "nccl", "device": "cpu"},
+                ValueError,
+                "nccl needs a GPU of its own for each of 2 ranks",
+            ),
             ({"threads": 0}, ValueError, "threads=0 must be"),
             ({"timeout_seconds": 0}, ValueError, "must be above 0"),
             ({"limit_seconds": -1}, ValueError, "must be above 0"),
@@ -293,7 +312,9 @@ def bad_arguments():
 
 
 def script_with(body: str) -> subprocess.Popen:
-    """A program of its own that launches `body`, the body of a function; which must say "ready" once all ranks are busy."""
+    """A program of its own that launches `body`, the body of a function; which must say "ready" once all
+    ranks are busy.
+    """
     source = f"""
 import os, subprocess, sys, time
 import torch
@@ -309,7 +330,9 @@ launch.run(work, 2)
 """
     folder = tempfile.mkdtemp()
     Path(folder, "script.py").write_text(source)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(launch.__file__).parents[1]), *sys.path])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(launch.__file__).parents[1]), *sys.path])
+    }
     return subprocess.Popen(
         [sys.executable, f"{folder}/script.py"],
         stdout=subprocess.PIPE,
@@ -332,7 +355,9 @@ LOADER = f"""
 
 
 def ended_by(send, seconds: float = 30.0) -> tuple[int, str]:
-    """Starts a script whose ranks are busy, with loaders and children, ends it by `send`, and waits for it."""
+    """Starts a script whose ranks are busy, with loaders and children, ends it by `send`, and waits for
+    it.
+    """
     with script_with(LOADER) as program:
         lines = [program.stdout.readline().strip(), program.stdout.readline().strip()]
         assert lines == ["started once", "[rank 0] ready"], (lines, program.stderr.read())
@@ -409,7 +434,10 @@ def main(faults: dict = FAULTS, about: str = __doc__) -> int:
     print(f"torch {torch.__version__}, seed {arguments.seed}")
     for name in [name for name in faults if seconds[name]]:
         median, most = statistics.median(seconds[name]), max(seconds[name])
-        print(f"{name:36} {len(seconds[name]):3} times, {failed[name]} failed, median {median:5.2f} s, longest {most:5.2f} s")
+        print(
+            f"{name:36} {len(seconds[name]):3} times, {failed[name]} failed, median {median:5.2f} s, "
+            f"longest {most:5.2f} s"
+        )
     print(f"{len(names) - sum(failed.values())} passed, {sum(failed.values())} failed")
     return int(any(failed.values()))
 

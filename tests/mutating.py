@@ -1,7 +1,8 @@
 """How notebooks are broken on purpose: functions in mutations/NN_name.py, each run in the notebook's kernel.
 
-A function gets the notebook's namespace (its `__main__`) and damages the technique; the docstring says how. It names the
-proofs that must then fail. Classes and functions stand inside it, so that worker processes get them by value.
+A function gets the notebook's namespace (its `__main__`) and damages the technique; the docstring says how.
+It names the proofs that must then fail. Classes and functions stand inside it, so that worker processes get
+them by value.
 """
 
 import importlib.util
@@ -13,7 +14,8 @@ FOLDER = Path(__file__).parent / "mutations"
 
 
 def breaks(*proofs: str, before: str = "") -> Callable[[Callable], Callable]:
-    """Marks a function as a mutation that these proofs must catch, applied before the cell that holds the text `before`.
+    """Marks a function as a mutation that these proofs must catch, applied before the cell that holds the
+    text `before`.
 
     Without one it is applied after the parameters, before anything else.
     """

@@ -1,7 +1,8 @@
-"""What nbval runs: copies of the notebooks in results/nbval, made by this program, and how, by the plugin that this is too.
+"""What nbval runs: copies of the notebooks in results/nbval, made by this program, and how, by the plugin
+that this is too.
 
-A notebook that `make run` has executed as it is now, with the package and the versions as they are now, is not executed
-again: nbval compares the outputs of that execution with the stored ones, as it would its own.
+A notebook that `make run` has executed as it is now, with the package and the versions as they are now, is
+not executed again: nbval compares the outputs of that execution with the stored ones, as it would its own.
 
     python -m tests.nbval_copies [--fewer] [NUMBER ...]    # --fewer: with few repetitions of what is timed
 """
@@ -19,14 +20,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cells
 import times
 
-from companion import kernels, runner
+from companion import executed as files
+from companion import host, runner
 
 FOLDER = cells.ROOT / "results" / "nbval"
 
 
 def executed(notebook: Path) -> nbformat.NotebookNode | None:
-    """The newest execution of a notebook at its defaults, as everything is now, from results/ beside its folder; or None."""
-    now, results = runner.fingerprint(nbformat.read(notebook, 4)), notebook.parents[1] / "results"
+    """The newest execution of a notebook at its defaults, as everything is now, from results/ beside its
+    folder; or None.
+    """
+    now, results = files.fingerprint(nbformat.read(notebook, 4)), notebook.parents[1] / "results"
     found = sorted(results.glob(f"*/{notebook.name}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for copy in (nbformat.read(path, 4) for path in found):
         run = copy.metadata.get("companion", {}).get("run", {})
@@ -77,7 +81,9 @@ def compare(item, outputs: list[nbformat.NotebookNode]) -> None:
     """Fails, as nbval does, if a compared cell's outputs are not those that are stored in the notebook."""
     from nbval.plugin import coalesce_streams
 
-    if item.options["check"] and not item.compare_outputs(coalesce_streams(outputs), coalesce_streams(item.cell.outputs)):
+    if item.options["check"] and not item.compare_outputs(
+        coalesce_streams(outputs), coalesce_streams(item.cell.outputs)
+    ):
         item.raise_cell_error("Cell outputs differ", "\n".join(item.comparison_traceback))
 
 
@@ -90,7 +96,11 @@ def _note_time(file, kind: str) -> None:
         set_up()
 
     def timed_tear_down() -> None:
-        used = kernels.cpu_seconds(file.kernel.km.provisioner.pid) if file.kernel and file.kernel.is_alive() else 0.0
+        used = (
+            host.cpu_seconds(file.kernel.km.provisioner.pid)
+            if file.kernel and file.kernel.is_alive()
+            else 0.0
+        )
         tear_down()
         times.add("notebook", f"{file.path.stem}, {kind}, by nbval", time.perf_counter() - begun[0], used)
         times.within_budget(file.path.stem, kind, used)

@@ -1,6 +1,8 @@
-"""Everything that can go wrong in a pipeline, made to happen: python tests/pipeline_faults.py --times 20 --seed 0
+"""Everything that can go wrong in a pipeline, made to happen: python tests/pipeline_faults.py --times 20
+--seed 0
 
-Each case must be reported with its rank and stage, in time, and must leave no process behind; see launch_faults.py.
+Each case must be reported with its rank and stage, in time, and must leave no process behind; see
+launch_faults.py.
 """
 
 import os
@@ -55,7 +57,14 @@ class Culprit(nn.Module):
         return x * self.weight
 
 
-def step(kind: str, schedule: str = "1f1b", micro_batches: int = 4, images: int = 8, classes: int = 4, stages: int | None = None):
+def step(
+    kind: str,
+    schedule: str = "1f1b",
+    micro_batches: int = 4,
+    images: int = 8,
+    classes: int = 4,
+    stages: int | None = None,
+):
     """One step of a pipeline whose stage 1 misbehaves at the images of micro-batch 2."""
     x, labels = torch.zeros(images, 4), torch.full((images,), classes - 1)
     x[4:6] = 5
@@ -71,7 +80,11 @@ def refused(message: str, *args, world_size: int = 2) -> None:
 
 
 def batch_does_not_split():
-    refused(r"8 images with 8 labels do not split into 3 equal micro-batches; micro_batches could be 2, 4, 8", "gpipe", 3)
+    refused(
+        r"8 images with 8 labels do not split into 3 equal micro-batches; micro_batches could be 2, 4, 8",
+        "gpipe",
+        3,
+    )
 
 
 def too_few_micro_batches():
@@ -95,7 +108,10 @@ def cannot_be_cut():
     def cut():
         splitting.split(models.resnet18(), ["layer1.0.conv1"])
 
-    assert "SplitError: ResNet cannot be cut after 'layer1.0.conv1': 2 values would have to be sent" in failure(cut, 2).reason
+    assert (
+        "SplitError: ResNet cannot be cut after 'layer1.0.conv1': 2 values would have to be sent"
+        in failure(cut, 2).reason
+    )
 
 
 def batch_of_another_shape():
@@ -123,12 +139,16 @@ def shape_changes_in_the_last_stage():
 def stage_gives_a_pair():
     error = failure(step, 3, "pair")
     assert error.rank == 1
-    assert error.reason.startswith("TypeError: a stage hands on one tensor, not a tuple (in stage 1 of 3, first run")
+    assert error.reason.startswith(
+        "TypeError: a stage hands on one tensor, not a tuple (in stage 1 of 3, first run"
+    )
 
 
 def stages_do_not_fit():
     def mismatch():
-        Pipeline([nn.Linear(4, 5), nn.Linear(4, 4)], "1f1b", 2).step(torch.zeros(4, 4), torch.zeros(4, dtype=torch.long))
+        Pipeline([nn.Linear(4, 5), nn.Linear(4, 4)], "1f1b", 2).step(
+            torch.zeros(4, 4), torch.zeros(4, dtype=torch.long)
+        )
 
     error = failure(mismatch, 2)
     assert error.rank == 1
@@ -144,7 +164,11 @@ def exception_forward():
 
 
 def exception_backward():
-    for schedule, kind in (("gpipe", "backward"), ("1f1b", "backward"), ("zero_bubble", "backward for inputs")):
+    for schedule, kind in (
+        ("gpipe", "backward"),
+        ("1f1b", "backward"),
+        ("zero_bubble", "backward for inputs"),
+    ):
         error = failure(step, 3, "backward", schedule)
         assert error.rank == 1
         assert error.reason == f"ArithmeticError: five, backward (in stage 1 of 3, {kind} of micro-batch 2)"

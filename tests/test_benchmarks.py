@@ -27,12 +27,18 @@ if devices.why_not("xla") is None:
 def _small(monkeypatch):
     monkeypatch.setattr(training_loop, "SAMPLES", 512)
     monkeypatch.setattr(ddp_speed_up, "REPEATS", 1)
-    monkeypatch.setattr(ddp_speed_up, "CASES", [(name, make, (3, 32, 32), 8) for name, make, *_ in ddp_speed_up.CASES])
-    monkeypatch.setattr(data_parallel, "CASES", [(name, make, shape, 4) for name, make, shape, _ in data_parallel.CASES])
+    monkeypatch.setattr(
+        ddp_speed_up, "CASES", [(name, make, (3, 32, 32), 8) for name, make, *_ in ddp_speed_up.CASES]
+    )
+    monkeypatch.setattr(
+        data_parallel, "CASES", [(name, make, shape, 4) for name, make, shape, _ in data_parallel.CASES]
+    )
     monkeypatch.setattr(model_parallel, "BATCH_SIZE", 32)
     monkeypatch.setattr(model_parallel, "SLOT_SECONDS", 0.001)
     for module in (import_time, training_loop, launch, ddp_speed_up, data_parallel, model_parallel, tpu):
-        monkeypatch.setattr(module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1))
+        monkeypatch.setattr(
+            module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1)
+        )
 
 
 def test_the_three_ways_take_the_same_number_of_steps(monkeypatch):

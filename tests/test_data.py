@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.datasets import CIFAR10
 
-from companion import data
+from companion import data, datasets
 
 
 def test_digits_are_real_images_in_three_disjoint_stratified_parts(digits):
@@ -30,19 +30,21 @@ def test_digits_are_real_images_in_three_disjoint_stratified_parts(digits):
 
 def test_split_indices_are_a_partition_that_the_seed_decides():
     labels = torch.arange(10).repeat(30)
-    parts = data.split_indices(labels, (200, 60, 40), seed=1)
+    parts = datasets.split_indices(labels, (200, 60, 40), seed=1)
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(300))
     assert [labels[part].bincount().tolist() for part in parts] == [[20] * 10, [6] * 10, [4] * 10]
-    assert torch.equal(parts[1], data.split_indices(labels, (200, 60, 40), seed=1)[1])
-    assert not torch.equal(parts[1], data.split_indices(labels, (200, 60, 40), seed=2)[1])
+    assert torch.equal(parts[1], datasets.split_indices(labels, (200, 60, 40), seed=1)[1])
+    assert not torch.equal(parts[1], datasets.split_indices(labels, (200, 60, 40), seed=2)[1])
     with pytest.raises(ValueError, match="add up to 299, not to 300 labels"):
-        data.split_indices(labels, (200, 60, 39), seed=1)
+        datasets.split_indices(labels, (200, 60, 39), seed=1)
 
 
 def test_cluttered_digits_are_large_reproducible_and_separate(monkeypatch):
     made = []
-    clutter = data._clutter
-    monkeypatch.setattr(data, "_clutter", lambda digits, *rest: made.append(digits) or clutter(digits, *rest))
+    clutter = datasets._clutter
+    monkeypatch.setattr(
+        datasets, "_clutter", lambda digits, *rest: made.append(digits) or clutter(digits, *rest)
+    )
     splits = data.load("cluttered_digits")
     assert [len(part.labels) for part in (splits.train, splits.val, splits.test)] == [20_000, 4_000, 10_000]
     assert torch.equal(splits.val.images, data.load("cluttered_digits").val.images)
@@ -53,7 +55,9 @@ def test_cluttered_digits_are_large_reproducible_and_separate(monkeypatch):
 
 
 def test_unknown_data_set_is_refused():
-    with pytest.raises(ValueError, match="unknown dataset 'mnist'; use 'digits', 'cluttered_digits' or 'cifar10'"):
+    with pytest.raises(
+        ValueError, match="unknown dataset 'mnist'; use 'digits', 'cluttered_digits' or 'cifar10'"
+    ):
         data.load("mnist")
 
 
@@ -105,7 +109,11 @@ def test_epoch_and_seed_decide_the_order():
 
 def test_ranks_share_the_samples_equally_and_see_the_same_augmentation(digits):
     split = data.Split(digits.train.images[:101], torch.arange(101))
-    whole = {int(y): x for xs, ys in data.Batches(split, 16, augment=data.Augment()) for x, y in zip(xs, ys, strict=True)}
+    whole = {
+        int(y): x
+        for xs, ys in data.Batches(split, 16, augment=data.Augment())
+        for x, y in zip(xs, ys, strict=True)
+    }
     shares = []
     for rank in range(4):
         share = {}
@@ -130,16 +138,21 @@ def test_contradicting_batches_are_refused():
     with pytest.raises(ValueError, match="batch_size=16 is not between 1 and the 10 samples of a rank"):
         data.Batches(split, 16, drop_last=True)
     for rank, world_size in ((2, 2), (-1, 2), (0, 11)):
-        with pytest.raises(ValueError, match=f"rank={rank} of world_size={world_size} has no share of 10 samples"):
+        with pytest.raises(
+            ValueError, match=f"rank={rank} of world_size={world_size} has no share of 10 samples"
+        ):
             data.Batches(split, 4, rank=rank, world_size=world_size)
 
 
-# CIFAR-10: torchvision's own loader on files in the real format, small, with their checksums in place of the real ones.
+# CIFAR-10: torchvision's own loader on files in the real format, small, with their checksums in place of the
+# real ones.
 
 
 @pytest.fixture
 def archive(monkeypatch) -> bytes:
-    """A CIFAR-10 archive of 100 training and 20 test images, whose checksums torchvision is told to expect."""
+    """A CIFAR-10 archive of 100 training and 20 test images, whose checksums torchvision is told to
+    expect.
+    """
     rng, files = np.random.default_rng(0), {}
     for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         pixels = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
@@ -157,7 +170,9 @@ def archive(monkeypatch) -> bytes:
         return hashlib.md5(content).hexdigest()
 
     monkeypatch.setattr(CIFAR10, "tgz_md5", checksum(buffer.getvalue()))
-    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", checksum(files[f"data_batch_{i}"])] for i in range(1, 6)])
+    monkeypatch.setattr(
+        CIFAR10, "train_list", [[f"data_batch_{i}", checksum(files[f"data_batch_{i}"])] for i in range(1, 6)]
+    )
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", checksum(files["test_batch"])]])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": checksum(files["batches.meta"])})
     return buffer.getvalue()
@@ -220,7 +235,10 @@ def test_cifar10_that_is_already_there_is_used(tmp_path, archive, downloads):
 
 
 def test_cifar10_offline_says_what_to_do_and_leaves_nothing(tmp_path, archive, downloads):
-    with pytest.raises(RuntimeError, match=r"could not be downloaded \(.*no network.*put cifar-10-python.tar.gz there.*'digits'"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"could not be downloaded \(.*no network.*put cifar-10-python.tar.gz there.*'digits'",
+    ):
         data.load("cifar10", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -234,7 +252,9 @@ def test_cifar10_truncated_download_leaves_nothing(tmp_path, archive, downloads)
 
 def test_cifar10_truncated_archive_is_named(tmp_path, archive, downloads):
     (tmp_path / CIFAR10.filename).write_bytes(archive[:-100])
-    with pytest.raises(RuntimeError, match=r"cifar-10-python.tar.gz is truncated or corrupt .*: delete it and run again"):
+    with pytest.raises(
+        RuntimeError, match=r"cifar-10-python.tar.gz is truncated or corrupt .*: delete it and run again"
+    ):
         data.load("cifar10", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [CIFAR10.filename]
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from conftest import ROOT
 from torch import nn
 
-from companion import data, ddp, launch, models, training
+from companion import collectives, data, ddp, launch, measure, models, parity, training
 
 RECIPE = training.Recipe(epochs=2, batch_size=64, schedule="constant", optimizer="sgd", learning_rate=0.01)
 
@@ -33,29 +33,40 @@ def test_two_ranks_train_the_model_of_one(digits):
     assert (one - first).norm() / one.norm() < 1e-3
 
 
+def trained(recipe, save_to=None):
+    """Of each rank, from weights of its own: DDP makes them equal."""
+    splits = data.load("digits")
+    training.seed_everything(recipe.seed + dist.get_rank())
+    return ddp.train(models.LeNet5(), splits, recipe, save_to, progress=False)
+
+
 def test_train_gives_one_model_and_saves_it_once(tmp_path):
     path = tmp_path / "new" / "weights.pt"
-    ranks = launch.run(ddp.train, 2, "digits", "data", training.Recipe(epochs=3, batch_size=64), "lenet5", path)
+    ranks = launch.run(trained, 2, training.Recipe(epochs=3, batch_size=64), path)
     assert ranks[0].fingerprint == ranks[1].fingerprint
     assert ranks[0].accuracy == ranks[1].accuracy > 0.5
     saved = models.LeNet5()
     saved.load_state_dict(torch.load(path))
-    assert ddp.fingerprint(saved) == ranks[0].fingerprint
+    assert parity.fingerprint(saved) == ranks[0].fingerprint
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(launch.WorkerError, match=r"world_size=3 does not divide batch_size=64; use 2 ranks"):
-        launch.run(ddp.train, 3, "digits", "data", RECIPE)
+        launch.run(trained, 3, RECIPE)
 
 
 def test_torchrun_trains_the_same_model_as_launch(tmp_path):
     recipe = training.Recipe(epochs=2, batch_size=64, label_smoothing=0.05)
-    ranks = launch.run(ddp.train, 2, "digits", "data", recipe, threads=1)
+    ranks = launch.run(trained, 2, recipe, threads=1)
     command = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2"
     flags = f"-m companion.ddp --epochs 2 --save-to {tmp_path / 'weights.pt'}"
     done = subprocess.run(
-        [sys.executable, *command.split(), *flags.split()], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, *command.split(), *flags.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     found = re.search(r"2 ranks: test accuracy ([\d.]+)%, [\d,]+ samples/s, (\w+)", done.stdout)
@@ -63,66 +74,30 @@ def test_torchrun_trains_the_same_model_as_launch(tmp_path):
     assert float(found[1]) == pytest.approx(100 * ranks[0].accuracy, abs=0.01)
     saved = models.LeNet5()
     saved.load_state_dict(torch.load(tmp_path / "weights.pt"))
-    assert ddp.fingerprint(saved) == found[2]
-
-
-def test_fingerprints_tell_models_apart():
-    torch.manual_seed(0)
-    first, second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    assert ddp.fingerprint(first) == ddp.fingerprint(second)
-    second(torch.randn(4, 3))
-    assert ddp.fingerprint(first) != ddp.fingerprint(second), "buffers count"
-    assert ddp.fingerprint(nn.Linear(2, 2).bfloat16()) != ddp.fingerprint(nn.Linear(2, 2).bfloat16())
-
-
-def test_equality_is_seen_from_every_rank():
-    def look():
-        same, other = torch.ones(3), torch.ones(3)
-        other[2] += dist.get_rank() * 1e-7
-        return ddp.equal_everywhere(same), ddp.equal_everywhere(other)
-
-    assert launch.run(look, 3) == [(True, False)] * 3
-
-
-def test_bytes_are_those_of_the_tensors():
-    def send():
-        with ddp.counted_bytes() as sizes:
-            dist.all_reduce(torch.ones(10))
-            dist.all_reduce(torch.ones(10, dtype=torch.bfloat16))
-        dist.all_reduce(torch.ones(5))
-        return sizes
-
-    assert launch.run(send, 2) == [[40, 20]] * 2
-
-
-def test_the_line_is_found_again():
-    line = ddp.AllReduce(2e-4, 1e9)
-    fitted = ddp.AllReduce.fitted({size: line.seconds(size) for size in (1_000, 100_000, 10_000_000)})
-    assert fitted.latency_seconds == pytest.approx(2e-4)
-    assert fitted.bytes_per_second == pytest.approx(1e9)
-    assert line.seconds(2e6, calls=3) == pytest.approx(3 * 2e-4 + 2e-3)
+    assert parity.fingerprint(saved) == found[2]
 
 
 def test_all_reduces_and_steps_are_timed():
     sizes = [4096, 2**20]
-    (reduced, other) = launch.run(ddp.all_reduce_seconds, 2, sizes, 3)
+    (reduced, other) = launch.run(collectives.all_reduce_seconds, 2, sizes, 3)
     assert reduced == other, "ranks report the slowest"
     assert list(reduced) == sizes
-    assert all(seconds > 0 for seconds in reduced.values())
+    assert all(seconds.low > 0 for seconds in reduced.values())
 
     (rows, _) = launch.run(ddp.scaling, 2, models.LeNet5, (3, 32, 32), [8, 64], 1)
     assert [row.batch_size for row in rows] == [8, 64]
     for row in rows:
         assert (row.world_size, row.calls) == (2, 1)
         assert row.gradient_bytes == 4 * sum(p.numel() for p in models.LeNet5().parameters())
-        assert min(row.alone_seconds, row.share_seconds, row.ddp_seconds) > 0
+        assert all(row.times[way].low > 0 for way in ("alone", "share", "ddp"))
 
 
 def test_predicted_and_measured_speed_up():
-    row = ddp.Scaling(64, 2, alone_seconds=0.4, share_seconds=0.2, ddp_seconds=0.25, gradient_bytes=10**8, calls=5)
-    assert row.speed_up == pytest.approx(1.6)
-    assert row.predicted(ddp.AllReduce(0.0, math.inf)) == pytest.approx(2)
-    assert row.predicted(ddp.AllReduce(0.02, 1e9)) == pytest.approx(0.4 / (0.2 + 0.1 + 0.1))
+    times = measure.Times({"alone": [0.4, 0.8], "share": [0.2, 0.4], "ddp": [0.25, 0.5]})
+    row = ddp.Scaling(64, 2, times, gradient_bytes=10**8, calls=5)
+    assert row.speed_up == measure.Spread(1.6, 1.6, 1.6, 2)
+    assert row.predicted(collectives.AllReduce(0.0, math.inf)) == pytest.approx(2)
+    assert row.predicted(collectives.AllReduce(0.02, 1e9)) == pytest.approx(0.6 / (0.3 + 0.1 + 0.1))
 
 
 def test_buckets_are_those_that_ddp_makes():
@@ -150,12 +125,16 @@ def test_where_speed_ups_cross():
     assert ddp.crossing([8, 32, 128], [0.5, 0.75, 1.25]) == pytest.approx(64)
     assert ddp.crossing([8, 32], [1.1, 1.2]) == 0
     assert ddp.crossing([8, 32], [0.5, 0.9]) == math.inf
-    assert ddp.crossing([8, 32, 128], [1.1, 0.5, 1.5]) == pytest.approx(64), "only from where on it stays above"
+    assert ddp.crossing([8, 32, 128], [1.1, 0.5, 1.5]) == pytest.approx(64), (
+        "only from where on it stays above"
+    )
 
 
 def test_the_timeline_has_every_bucket_once():
     def step():
-        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2000), nn.Linear(2000, 2000), nn.Linear(2000, 10))
+        net = nn.Sequential(
+            nn.Flatten(), nn.Linear(3 * 8 * 8, 2000), nn.Linear(2000, 2000), nn.Linear(2000, 10)
+        )
         return ddp.timeline(net, torch.ones(4, 3, 8, 8), torch.zeros(4, dtype=torch.long), bucket_cap_mb=1)
 
     spans = launch.run(step, 2)[0]

@@ -1,11 +1,12 @@
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from companion import devices, stacks
+from companion import devices, host, machine, stacks
 
 
 def test_auto_takes_the_first_accelerator_that_is_here():
@@ -22,7 +23,9 @@ def test_unknown_name_is_refused_with_the_known_ones(name):
 def test_absent_device_is_refused_with_the_reason_and_what_is_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    with pytest.raises(ValueError, match=r"'cuda' is not available: no NVIDIA GPU or driver was found; available here: cpu"):
+    with pytest.raises(
+        ValueError, match=r"'cuda' is not available: no NVIDIA GPU or driver was found; available here: cpu"
+    ):
         devices.select("cuda")
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ValueError, match="built without CUDA"):
@@ -47,7 +50,7 @@ def test_missing_package_is_named_with_its_extra(monkeypatch):
 
 def test_waiting_for_a_tpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(devices, "_installed", lambda package: True)
-    monkeypatch.setattr(devices, "tpu_chips", lambda: 0)
+    monkeypatch.setattr(host, "tpu_chips", lambda: 0)
     monkeypatch.setenv("PJRT_DEVICE", "TPU")
     with pytest.raises(ValueError, match="PJRT_DEVICE=TPU is set, but there is no TPU chip"):
         devices.select("xla")
@@ -56,7 +59,7 @@ def test_waiting_for_a_tpu_that_is_not_there_is_refused(monkeypatch):
 
 
 def test_tpu_without_a_runtime_is_said(monkeypatch):
-    monkeypatch.setattr(devices, "tpu_chips", lambda: 4)
+    monkeypatch.setattr(host, "tpu_chips", lambda: 4)
     monkeypatch.setattr(devices, "_installed", lambda package: False)
     assert "neither torch_tpu nor torch_xla is installed" in devices.why_not("tpu")
     assert devices.select("auto").type != "tpu"
@@ -64,7 +67,8 @@ def test_tpu_without_a_runtime_is_said(monkeypatch):
 
 def test_no_tpu_runtime_is_imported_unless_asked_for(python):
     code = (
-        "import sys; from companion import devices; devices.select(); devices.describe(); devices.available();"
+        "import sys; from companion import devices, machine; machine.describe(); "
+        "devices.select(); devices.available();"
         "assert not {'torch_xla', 'torch_tpu'} & set(sys.modules)"
     )
     subprocess.run([*python, "-c", code], check=True)
@@ -78,8 +82,8 @@ def test_only_tpu_chips_count_as_tpus(tmp_path):
         folder.mkdir(parents=True)
         (folder / "vendor").write_text(vendor + "\n")
         (folder / "device").write_text(model + "\n")
-    assert devices.tpu_chips(str(tmp_path)) == 1
-    assert devices.tpu_chips(str(tmp_path / "nowhere")) == 0
+    assert host.tpu_chips(str(tmp_path)) == 1
+    assert host.tpu_chips(str(tmp_path / "nowhere")) == 0
 
 
 def test_a_list_may_repeat_a_device():
@@ -107,8 +111,8 @@ def test_limits_of_a_version_2_container_are_respected(tmp_path):
         "sys/fs/cgroup/work/memory.max": "1073741824\n",
     }
     root = _container(tmp_path, files)
-    assert devices.usable_cores(root) == 1
-    assert devices.usable_memory_bytes(root) == 2**30
+    assert host.usable_cores(root) == 1
+    assert host.usable_memory_bytes(root) == 2**30
 
 
 def test_limits_of_a_version_1_container_are_respected(tmp_path):
@@ -119,23 +123,25 @@ def test_limits_of_a_version_1_container_are_respected(tmp_path):
         "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "536870912\n",
     }
     root = _container(tmp_path, files)
-    assert devices.usable_cores(root) == 1
-    assert devices.usable_memory_bytes(root) == 2**29
+    assert host.usable_cores(root) == 1
+    assert host.usable_memory_bytes(root) == 2**29
 
 
 def test_without_limits_the_machine_counts(tmp_path):
     root = _container(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"})
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert devices.usable_cores(root) == affinity
+    assert host.usable_cores(root) == affinity
 
 
 def test_threads_never_exceed_the_usable_cores():
-    cores = devices.usable_cores()
+    cores = host.usable_cores()
     assert devices.set_threads(1) == torch.get_num_threads() == 1
     torch.set_num_threads(cores + 3)
     assert devices.set_threads() == torch.get_num_threads() == cores
     for wrong in (0, cores + 1):
-        with pytest.raises(ValueError, match=f"threads={wrong} is not between 1 and the {cores} usable cores"):
+        with pytest.raises(
+            ValueError, match=f"threads={wrong} is not between 1 and the {cores} usable cores"
+        ):
             devices.set_threads(wrong)
 
 
@@ -156,10 +162,10 @@ def test_compiling_needs_a_compiler_headers_and_paths_without_spaces(monkeypatch
 
 
 def test_the_machine_shows_as_text_and_as_table():
-    machine = devices.describe()
-    assert f"torch {torch.__version__.split('+')[0]}" in str(machine)
-    assert f"cores            {devices.usable_cores()}\n" in str(machine)
-    assert machine._repr_html_().count("<tr>") == len(machine.rows()) == 9
+    here = machine.describe()
+    assert f"torch {torch.__version__.split('+')[0]}" in str(here)
+    assert re.search(rf"^cores +{host.usable_cores()}$", str(here), re.MULTILINE)
+    assert here._repr_html_().count("<tr>") == len(here.table().rows) == 9
     for device in map(devices.select, ("cpu",)):
         devices.synchronize(device)
         devices.end_step(device)
@@ -172,5 +178,7 @@ def test_the_stack_is_that_of_the_installed_torch(monkeypatch):
         names[torch_version] = stacks.current().name
     assert list(names.values()) == ["reference", "reference", "newest", "newest", "newest"]
     monkeypatch.setattr(devices, "_installed", lambda package: False)
-    with pytest.raises(ValueError, match=r"torch_xla's last release needs torch 2\.9, not 2\.16\.0a0; torch_tpu"):
+    with pytest.raises(
+        ValueError, match=r"torch_xla's last release needs torch 2\.9, not 2\.16\.0a0; torch_tpu"
+    ):
         devices.select("xla")

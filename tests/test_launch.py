@@ -17,7 +17,7 @@ import torch.distributed as dist
 from jupyter_client.manager import start_new_kernel
 from torch.utils.data import DataLoader
 
-from companion import data, devices, launch, models, training
+from companion import data, host, launch, models, training
 
 
 def test_results_come_by_rank():
@@ -61,7 +61,11 @@ def test_lines_are_whole_and_named(capfd):
     launch.run(talk, 2)
     out, err = capfd.readouterr()
     lines = [f"[rank {rank}] line {line} of {rank}" for rank in (0, 1) for line in range(50)]
-    others = [f"[rank {rank}] {said}" for rank in (0, 1) for said in ("from native code", "from a child", "without an end")]
+    others = [
+        f"[rank {rank}] {said}"
+        for rank in (0, 1)
+        for said in ("from native code", "from a child", "without an end")
+    ]
     assert Counter(out.splitlines()) == Counter(lines + others)
     assert Counter(err.splitlines()) == Counter(["[rank 0] careful", "[rank 1] careful"])
     positions = [out.index(line) for line in lines[:50]]
@@ -96,7 +100,9 @@ def test_bars_of_rank_0_are_shown_here(capfd, monkeypatch):
 
 def test_data_loaders_have_workers_of_their_own():
     def read():
-        parts = DataLoader(torch.arange(10), batch_size=5, num_workers=2, worker_init_fn=lambda _: print("loading"))
+        parts = DataLoader(
+            torch.arange(10), batch_size=5, num_workers=2, worker_init_fn=lambda _: print("loading")
+        )
         return torch.cat(list(parts)).tolist()
 
     assert launch.run(read, 2) == [list(range(10))] * 2
@@ -114,7 +120,7 @@ def test_ranks_see_what_the_launching_process_sees(monkeypatch, tmp_path):
 
         return os.environ["SOMETHING_NEW"], os.getcwd(), beside.say(), torch.get_num_threads()
 
-    share = max(1, devices.usable_cores() // 2)
+    share = max(1, host.usable_cores() // 2)
     assert launch.run(look, 2) == [("here", str(tmp_path), "beside", share)] * 2
     assert launch.run(torch.get_num_threads, 1, threads=1) == [1]
 
@@ -133,12 +139,19 @@ def test_the_group_can_be_made_by_hand():
 def test_only_the_loopback_interface_is_listened_on():
     def listening():
         dist.barrier()
-        return [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        return [
+            c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN
+        ]
 
     def all_of_them():
         mine = listening()
-        family = [process.net_connections("inet") for process in (psutil.Process(), psutil.Process(os.getppid()).parent())]
-        return mine, [c.laddr.ip for connections in family for c in connections if c.status == psutil.CONN_LISTEN]
+        family = [
+            process.net_connections("inet")
+            for process in (psutil.Process(), psutil.Process(os.getppid()).parent())
+        ]
+        return mine, [
+            c.laddr.ip for connections in family for c in connections if c.status == psutil.CONN_LISTEN
+        ]
 
     for mine, theirs in launch.run(all_of_them, 2):
         assert set(mine + theirs) == {"127.0.0.1"}
@@ -161,7 +174,9 @@ def test_the_loop_of_the_suite_runs_in_ranks(digits):
         torch.manual_seed(dist.get_rank())
         batches = data.Batches(splits.train, 64, rank=dist.get_rank(), world_size=2, drop_last=True)
         model = torch.nn.parallel.DistributedDataParallel(models.LeNet5())
-        training.fit(model, splits, training.Recipe(epochs=1), device=launch.device(), batches=batches, validate=False)
+        training.fit(
+            model, splits, training.Recipe(epochs=1), device=launch.device(), batches=batches, validate=False
+        )
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     first, second = launch.run(train, 2, digits)
@@ -181,7 +196,12 @@ def test_a_script_without_a_guard_is_run_once(tmp_path, root):
     )
     environment = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == "top level\n[0, 1]\n"
     assert done.stderr == ""

@@ -4,6 +4,7 @@ import copy
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import launch_faults
 import pipeline_faults
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch import nn
 
-from companion import data, launch, model_parallel, schedules, splitting, training
-from companion.model_parallel import Pipeline
+from companion import data, launch, memory, model_parallel, pipeline, schedules, splitting, training
+from companion.pipeline import Pipeline
 
 AT = {2: ["features.6"], 3: ["features.3", "features.8"], 4: ["features.3", "features.6", "features.8"]}
 
@@ -26,10 +27,14 @@ def small() -> nn.Module:
 
 def batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(count, 3, 64, 64, generator=generator), torch.randint(0, 10, (count,), generator=generator)
+    return torch.randn(count, 3, 64, 64, generator=generator), torch.randint(
+        0, 10, (count,), generator=generator
+    )
 
 
-def gradients_through(schedule: str, micro_batches: int, at: list[str]) -> tuple[float, dict[str, torch.Tensor], list]:
+def gradients_through(
+    schedule: str, micro_batches: int, at: list[str]
+) -> tuple[float, dict[str, torch.Tensor], list]:
     pipeline = Pipeline(splitting.split(small(), at), schedule, micro_batches)
     loss = pipeline.step(*batch(16))
     found = {name: p.grad for stage in pipeline.own.values() for name, p in stage.named_parameters()}
@@ -54,7 +59,9 @@ def test_gradients_are_those_of_the_uncut_model(schedule, ranks, micro_batches):
         assert (found[name] - parameter.grad).norm() / parameter.grad.norm() < 1e-5, name
     assert all(loss == pytest.approx(expected.item(), abs=1e-5) for loss, *_ in answers)
     for rank, (_, _, spans) in enumerate(answers):
-        assert schedules.in_flight(spans) == schedules.predicted_in_flight(schedule, ranks, rank, micro_batches)
+        assert schedules.in_flight(spans) == schedules.predicted_in_flight(
+            schedule, ranks, rank, micro_batches
+        )
         forwards = sorted((span.stage, span.micro_batch) for span in spans if span.kind == "F")
         own = range(rank, len(at) + 1, ranks)
         assert forwards == [(stage, piece) for stage in own for piece in range(micro_batches)], "each once"
@@ -62,9 +69,12 @@ def test_gradients_are_those_of_the_uncut_model(schedule, ranks, micro_batches):
 
 def test_training_is_that_of_the_uncut_model_with_the_same_micro_batches():
     recipe = training.Recipe(epochs=1, batch_size=64, learning_rate=1e-3, schedule="constant")
-    ranks = launch.run(
-        model_parallel.train, 2, "digits", "data", recipe, AT[2], "1f1b", 4, 64, {"width": 0.1, "hidden": 16}, threads=1
-    )
+    splits = data.resized(data.load("digits"), 64)
+
+    def train(recipe):
+        return model_parallel.train(small(), splits, recipe, AT[2], "1f1b", 4)
+
+    ranks = launch.run(train, 2, recipe, threads=1)
     assert ranks[0].accuracy == ranks[1].accuracy > 0.15, "both have the whole model"
     assert ranks[0].history.train_loss == ranks[1].history.train_loss
 
@@ -75,10 +85,43 @@ def test_training_is_that_of_the_uncut_model_with_the_same_micro_batches():
         optimizer.step()
         return torch.stack(losses).mean().detach()
 
-    uncut, splits = small(), data.resized(data.load("digits"), 64)
-    history = training.fit(uncut, splits, recipe, device="cpu", step=accumulated, validate=False, progress=False)
+    uncut = small()
+    history = training.fit(
+        uncut, splits, recipe, device="cpu", step=accumulated, validate=False, progress=False
+    )
     assert ranks[0].history.train_loss == pytest.approx(history.train_loss, abs=1e-3)
     assert ranks[0].accuracy == pytest.approx(training.evaluate(uncut, splits.test).accuracy, abs=0.01)
+
+
+def test_the_recipes_loss_is_the_pipelines(digits):
+    few = replace(digits, train=data.Split(digits.train.images[:64], digits.train.labels[:64]))
+
+    def losses(smoothing):
+        recipe = training.Recipe(epochs=1, batch_size=64, label_smoothing=smoothing)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), nn.ReLU(), nn.Linear(10, 10))
+        torch.manual_seed(0)
+        return model_parallel.train(model, few, recipe, ["1"], "gpipe", 2).history.train_loss
+
+    (plain, _), (smooth, _) = (launch.run(losses, 2, smoothing) for smoothing in (0.0, 0.9))
+    assert plain != smooth
+
+
+WEIGHTS = torch.tensor([1.0, 5.0])
+LOSSES = {
+    "class weights": lambda x, labels: F.cross_entropy(x, labels, weight=WEIGHTS),
+    "ignored labels": lambda x, labels: F.cross_entropy(x, labels, ignore_index=0),
+    "a sum": lambda x, labels: F.cross_entropy(x, labels, reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_is_no_plain_mean_is_refused(name):
+    def step():
+        stages = [nn.Linear(4, 4), nn.Linear(4, 2)]
+        Pipeline(stages, "1f1b", 2, LOSSES[name]).step(torch.ones(6, 4), torch.tensor([0, 0, 0, 1, 1, 1]))
+
+    with pytest.raises(launch.WorkerError, match=r"the loss of the batch is .* use a plain mean over"):
+        launch.run(step, 2)
 
 
 def test_the_first_run_moves_neither_statistics_nor_random_numbers():
@@ -89,7 +132,11 @@ def test_the_first_run_moves_neither_statistics_nor_random_numbers():
         before = torch.get_rng_state()
         pipeline = Pipeline(stages, "gpipe", 2)
         pipeline._prepare(torch.zeros(4, 4))
-        return torch.equal(before, torch.get_rng_state()), int(norm.num_batches_tracked), norm.running_mean.abs().sum().item()
+        return (
+            torch.equal(before, torch.get_rng_state()),
+            int(norm.num_batches_tracked),
+            norm.running_mean.abs().sum().item(),
+        )
 
     assert launch.run(steps, 2) == [(True, 0, 0.0)] * 2
 
@@ -122,8 +169,10 @@ def test_zero_grad_between_steps_starts_again():
 
 
 def test_a_stage_on_a_device_sends_through_main_memory():
-    """What ranks that share a GPU do; the device is the CPU here, and gradients come back through the same way."""
-    staged = model_parallel._OnDevice(nn.Linear(3, 2), torch.device("cpu"))
+    """What ranks that share a GPU do; the device is the CPU here, and gradients come back through the same
+    way.
+    """
+    staged = pipeline._OnDevice(nn.Linear(3, 2), torch.device("cpu"))
     x = torch.ones(2, 3, requires_grad=True)
     staged(x).sum().backward()
     assert torch.equal(x.grad, staged.module.weight.sum(0).detach().expand(2, 3))
@@ -136,7 +185,7 @@ def test_activations_are_as_many_as_predicted():
         steps = model_parallel.measure_steps(pipeline, images, labels, 1)
         value = images[:4]
         for index, stage in enumerate(stages):
-            with schedules.SavedBytes(stage, *([images] if not index else [])) as saved:
+            with memory.SavedBytes(stage, *([images] if not index else [])) as saved:
                 value = stage(value.detach().requires_grad_(index > 0))
             if str(index) in pipeline.own:
                 one = saved.most
@@ -151,16 +200,25 @@ def test_a_rehearsal_shows_the_schedule():
     steps = launch.run(model_parallel.rehearse, 2, "zero_bubble", 4, 0.002, 1)
     for rank, step in enumerate(steps):
         assert {span.stage for span in step.spans} == {rank}
-        assert {(span.kind, span.micro_batch) for span in step.spans} == {(kind, m) for kind in "FIW" for m in range(4)}
-        assert step.seconds > 4 * 3 * 0.002
+        assert {(span.kind, span.micro_batch) for span in step.spans} == {
+            (kind, m) for kind in "FIW" for m in range(4)
+        }
+        assert step.seconds.low > 4 * 3 * 0.002
     assert 0 < schedules.bubble([step.spans for step in steps]) < 1
 
 
 def test_torchrun_trains_through_a_pipeline(tmp_path):
-    command = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2 -m companion.model_parallel"
+    command = (
+        "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2 -m "
+        "companion.model_parallel"
+    )
     flags = "--epochs 1 --micro-batches 4 --width 0.1 --schedule gpipe"
     done = subprocess.run(
-        [sys.executable, *command.split(), *flags.split()], cwd=ROOT, capture_output=True, text=True, timeout=180
+        [sys.executable, *command.split(), *flags.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"2 ranks: test accuracy [\d.]+%, [\d,]+ samples/s", done.stdout)

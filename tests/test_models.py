@@ -2,31 +2,38 @@ import pytest
 import torch
 from torch import nn
 
-from companion import measure, models
+from companion import memory, models
 
 
-@pytest.mark.parametrize(("name", "size", "count"), [("lenet5", 32, 62_006), ("resnet18", 32, 11_173_962), ("alexnet", 64, None)])
+@pytest.mark.parametrize(
+    ("name", "size", "count"), [("lenet5", 32, 62_006), ("resnet18", 32, 11_173_962), ("alexnet", 64, None)]
+)
 def test_models_give_logits_of_the_right_shape(name, size, count):
     model = models.create(name).eval()
     assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
-    assert count is None or measure.parameters(model) == count
+    assert count is None or memory.parameters(model) == count
 
 
 def test_lenet5_has_the_books_configurable_layers():
     model = models.create("lenet5", nodes_1=32, nodes_2=16, classes=7)
-    assert [tuple(layer.weight.shape) for layer in (model.fc1, model.fc2, model.fc3)] == [(32, 400), (16, 32), (7, 16)]
+    assert [tuple(layer.weight.shape) for layer in (model.fc1, model.fc2, model.fc3)] == [
+        (32, 400),
+        (16, 32),
+        (7, 16),
+    ]
 
 
 def test_alexnet_has_torchvisions_parts_and_scales():
     model = models.create("alexnet", width=0.5)
     features = model.features(torch.randn(2, 3, 64, 64))
     assert model.avgpool(features).shape == (2, 128, 4, 4)
-    assert measure.parameters(model) < measure.parameters(models.create("alexnet")) / 2
+    assert memory.parameters(model) < memory.parameters(models.create("alexnet")) / 2
 
 
 def test_unknown_model_is_refused_with_the_nearest():
     with pytest.raises(
-        ValueError, match=r"unknown model 'LeNet': use one of lenet5, resnet18, alexnet .* did you mean 'lenet5'\?"
+        ValueError,
+        match=r"unknown model 'LeNet': use one of lenet5, resnet18, alexnet .* did you mean 'lenet5'\?",
     ):
         models.create("LeNet")
 

@@ -1,4 +1,6 @@
-"""nbval executes what is stale and compares what `make run` has executed; both find an output that is not the stored one."""
+"""nbval executes what is stale and compares what `make run` has executed; both find an output that is not the
+stored one.
+"""
 
 import shutil
 import subprocess
@@ -11,14 +13,16 @@ import times
 from conftest import ROOT
 from test_runner import write
 
-from companion import runner
+from companion import executed, runner
 
 pytestmark = pytest.mark.once
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A project with one notebook, whose outputs are stored and which has been executed as `make run` does it."""
+    """A project with one notebook, whose outputs are stored and which has been executed as `make run` does
+    it.
+    """
     (tmp_path / "notebooks").mkdir()
     path = tmp_path / "notebooks" / "00_works.ipynb"
     write(path.parent, path.stem, "print(epochs)", "open('executed', 'a').close()")
@@ -37,7 +41,15 @@ def nbval(project, python) -> tuple[int, str, bool]:
     folder = project / "results" / "nbval"
     folder.mkdir(exist_ok=True)
     shutil.copy(project / "notebooks" / "00_works.ipynb", folder)
-    options = ["-p", "no:cacheprovider", "-p", "tests.nbval_copies", "--nbval-lax", "--nbval-current-env", str(folder)]
+    options = [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "tests.nbval_copies",
+        "--nbval-lax",
+        "--nbval-current-env",
+        str(folder),
+    ]
     done = subprocess.run([*python, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout, (folder / "executed").exists()
 
@@ -84,15 +96,15 @@ def test_only_an_execution_at_the_defaults_that_passed_counts(project, monkeypat
         notebook.metadata.companion.run = before
         nbformat.write(notebook, copy)
     assert nbval_copies.executed(path)
-    monkeypatch.setattr(runner, "_installed", lambda: ["torch 9.9"])
+    monkeypatch.setattr(executed, "_installed", lambda: ["torch 9.9"])
     assert nbval_copies.executed(path) is None
 
 
 def test_budgets_are_held_with_room_for_noise():
     budget = cells.SETTINGS["cpu_seconds"]["smaller"]
-    times.within_budget("03_ddp", "smaller", 1.4 * budget)
-    with pytest.raises(AssertionError, match="03_ddp, smaller: "):
-        times.within_budget("03_ddp", "smaller", 1.6 * budget)
+    times.within_budget("02_data_parallel", "smaller", 1.4 * budget)
+    with pytest.raises(AssertionError, match="02_data_parallel, smaller: "):
+        times.within_budget("02_data_parallel", "smaller", 1.6 * budget)
 
 
 def test_a_slice_has_what_a_cell_needs_and_nothing_else():

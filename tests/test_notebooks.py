@@ -1,4 +1,6 @@
-"""What every notebook must have and do. A new notebook is found by itself; it adds its smaller parameters and its mutations."""
+"""What every notebook must have and do. A new notebook is found by itself; it adds its smaller parameters and
+its mutations.
+"""
 
 import ast
 import re
@@ -12,7 +14,7 @@ import pytest
 import times
 from cells import CHECKED, NOTEBOOKS, PARAMETERS, ROOT, SETTINGS, code, proofs, tagged
 
-from companion import devices, runner, scoreboard
+from companion import devices, executed, runner, scoreboard
 
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 MUST_RUN = {"01_tpu": ("xla",)}  # without these a notebook shows stored results, which nothing can break
@@ -22,7 +24,9 @@ def texts(cell: nbformat.NotebookNode) -> list[str]:
     """The cell's outputs that hold text."""
     found = []
     for output in cell.outputs:
-        found += [output.get("text", "")] + [v for kind, v in output.get("data", {}).items() if not kind.startswith("image/")]
+        found += [output.get("text", "")] + [
+            v for kind, v in output.get("data", {}).items() if not kind.startswith("image/")
+        ]
     return found
 
 
@@ -53,7 +57,9 @@ def problems(path: Path) -> list[str]:
         found.append("a compared cell has no stored output")
 
     stamp = notebook.metadata.get("companion", {})
-    if stamp.get("source_sha256") != runner.source_hash(notebook) or not stamp.get("environment", {}).get("versions"):
+    if stamp.get("source_sha256") != executed.source_hash(notebook) or not stamp.get("environment", {}).get(
+        "versions"
+    ):
         found.append("stored outputs are not of the stored code: run make store")
     if not all(cell.execution_count for cell in listed if cell.source.strip()):
         found.append("a cell was not run")
@@ -105,21 +111,31 @@ def _output(notebook, output):
 
 
 DAMAGES = {
-    "does not import companion": lambda nb: [cell.update(source=cell.source.replace("companion", "other")) for cell in nb.cells],
+    "does not import companion": lambda nb: [
+        cell.update(source=cell.source.replace("companion", "other")) for cell in nb.cells
+    ],
     "has 0 parameters cells": lambda nb: _retag(nb, PARAMETERS),
     "untyped or uncommented parameter": lambda nb: tagged(nb, PARAMETERS)[0].update(source="epochs = 3"),
     "has no compared proof": lambda nb: _retag(nb, cells.PROOF),
     "a proof asserts nothing": lambda nb: next(iter(proofs(nb).values())).update(source="print('proved')"),
     "compares 0 cells, not five": lambda nb: _retag(nb, CHECKED),
     "a compared cell has no stored output": lambda nb: tagged(nb, CHECKED)[0].update(outputs=[]),
-    "stored outputs are not of the stored code": lambda nb: next(iter(proofs(nb).values())).update(source="assert True"),
+    "stored outputs are not of the stored code": lambda nb: next(iter(proofs(nb).values())).update(
+        source="assert True"
+    ),
     "a cell was not run": lambda nb: code(nb)[-1].update(execution_count=None),
     "an output is an error": lambda nb: _output(
         nb, {"output_type": "error", "ename": "ValueError", "evalue": "wrong", "traceback": []}
     ),
-    "an output is a warning": lambda nb: _output(nb, {"output_type": "stream", "name": "stderr", "text": "careful"}),
-    "a path of a machine": lambda nb: _output(nb, {"output_type": "stream", "name": "stdout", "text": "in /home/me/x.py"}),
-    "is larger than 1 MiB": lambda nb: _output(nb, {"output_type": "stream", "name": "stdout", "text": "x" * 2**20}),
+    "an output is a warning": lambda nb: _output(
+        nb, {"output_type": "stream", "name": "stderr", "text": "careful"}
+    ),
+    "a path of a machine": lambda nb: _output(
+        nb, {"output_type": "stream", "name": "stdout", "text": "in /home/me/x.py"}
+    ),
+    "is larger than 1 MiB": lambda nb: _output(
+        nb, {"output_type": "stream", "name": "stdout", "text": "x" * 2**20}
+    ),
     "has fewer than three figures": lambda nb: [cell.update(outputs=[]) for cell in code(nb)],
     "its first cell does not link to": lambda nb: nb.cells[0].update(source="# A question?"),
 }
@@ -135,7 +151,9 @@ def test_what_a_notebook_lacks_is_found(problem, tmp_path):
 
 def measured(notebook: Path, kind: str, folder: Path) -> runner.Outcome:
     """Runs a notebook with the smaller parameters; notes what it took and holds it to its budget."""
-    (outcome,) = runner.run([runner.Job(notebook, SETTINGS["smaller"].get(notebook.stem, {}), "out")], folder, progress=False)
+    (outcome,) = runner.run(
+        [runner.Job(notebook, SETTINGS["smaller"].get(notebook.stem, {}), "out")], folder, progress=False
+    )
     times.add("notebook", f"{notebook.stem}, {kind}", outcome.seconds, outcome.cpu_seconds)
     return outcome
 
@@ -151,9 +169,11 @@ def test_it_runs_with_other_parameters(path, tmp_path):
     readme = (ROOT / "README.md").read_text()
     for row in rows:
         if row["status"] != "measured":
-            assert row["status"].removeprefix("skipped: ") in readme, f"README.md does not name the skip {row['status']!r}"
-    executed = nbformat.read(tmp_path / "out.ipynb", 4)
-    assert not [output for cell in code(executed) for output in cell.outputs if output.get("name") == "stderr"]
+            assert row["status"].removeprefix("skipped: ") in readme, (
+                f"README.md does not name the skip {row['status']!r}"
+            )
+    found = nbformat.read(tmp_path / "out.ipynb", 4)
+    assert not [output for cell in code(found) for output in cell.outputs if output.get("name") == "stderr"]
     times.within_budget(path.stem, "smaller", outcome.cpu_seconds)
 
 
@@ -187,13 +207,17 @@ def test_nothing_broken_passes_all_proofs(path, tmp_path):
 
 
 MUTATIONS = {path.stem: mutating.mutations(path.stem) for path in NOTEBOOKS}
-BROKEN = [(stem, name, proof) for stem, found in MUTATIONS.items() for name in found for proof in found[name].proofs]
+BROKEN = [
+    (stem, name, proof) for stem, found in MUTATIONS.items() for name in found for proof in found[name].proofs
+]
 BROKEN = [pytest.param(*case, id=" ".join(case)) for case in BROKEN]
 
 
 def test_each_proof_has_a_mutation_that_it_must_catch(path):
     caught = {proof for found in MUTATIONS[path.stem].values() for proof in found.proofs}
-    assert caught == set(proofs(nbformat.read(path, 4))), "break the technique for each proof in tests/mutations"
+    assert caught == set(proofs(nbformat.read(path, 4))), (
+        "break the technique for each proof in tests/mutations"
+    )
 
 
 @pytest.mark.parametrize(("stem", "name", "proof"), BROKEN)
@@ -201,15 +225,17 @@ def test_a_broken_technique_fails_its_proof(stem, name, proof, tmp_path):
     must_run(stem)
     mutation, original = MUTATIONS[stem][name], nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", 4)
     notebook = slice_of(original, proofs(original)[proof])
-    places = [i for i, cell in enumerate(notebook.cells) if mutation.before and mutation.before in cell.source]
+    places = [
+        i for i, cell in enumerate(notebook.cells) if mutation.before and mutation.before in cell.source
+    ]
     after_parameters = notebook.cells.index(tagged(notebook, PARAMETERS)[0]) + 1
     (place,) = places if mutation.before else [after_parameters]
     notebook.cells.insert(place, nbformat.v4.new_code_cell(mutating.cell(stem, name)))
     nbformat.write(notebook, tmp_path / f"{stem}.ipynb")
 
     outcome = measured(tmp_path / f"{stem}.ipynb", f"broken: {name}", tmp_path)
-    executed = nbformat.read(tmp_path / "out.ipynb", 4)
-    failed = [cell for cell in code(executed) if any(output.output_type == "error" for output in cell.outputs)]
+    found = nbformat.read(tmp_path / "out.ipynb", 4)
+    failed = [cell for cell in code(found) if any(output.output_type == "error" for output in cell.outputs)]
     assert outcome.error is not None, f"{proof} passes although: {mutation.__doc__}"
     assert outcome.error.startswith("AssertionError")
     assert [cells.PROOF + proof in cells.tags(cell) for cell in failed] == [True], "another cell failed"

@@ -19,12 +19,22 @@ def figures(digits):
         "guesses": plots.images(digits, digits.test, 3, guesses),
         "curves": plots.learning_curves({"one": HISTORY, "two": training.History([2.0])}),
         "confusion": plots.confusion(digits.test.labels, guesses, digits.classes),
-        "breakdown": plots.breakdown({"plain": {"data": 3e-3, "forward": 1e-3}, "fast": {"data": 1e-4, "forward": 1e-3}}),
-        "against_theory": plots.against_theory(
-            {"a": ([1, 2, 4], [1.0, 1.8, 3.1], [1.0, 2.0, 4.0])}, "ranks", "speed-up", {"no gain": 1}, {"cores": 2}
+        "breakdown": plots.breakdown(
+            {"plain": {"data": 3e-3, "forward": 1e-3}, "fast": {"data": 1e-4, "forward": 1e-3}}
         ),
-        "logarithmic": plots.against_theory({"a": ([1, 1e6], [1e-3, 1e-1], [1e-3, 1e-1])}, "bytes", "time (ms)", log="xy"),
-        "timeline": plots.timeline({"compute": [("forward", 0.0, 0.01)], "send": [("b 0", 0.0, 0.02), ("b 1", 0.01, 0.03)]}),
+        "against_theory": plots.against_theory(
+            {"a": ([1, 2, 4], [1.0, 1.8, 3.1], [1.0, 2.0, 4.0])},
+            "ranks",
+            "speed-up",
+            {"no gain": 1},
+            {"cores": 2},
+        ),
+        "logarithmic": plots.against_theory(
+            {"a": ([1, 1e6], [1e-3, 1e-1], [1e-3, 1e-1])}, "bytes", "time (ms)", log="xy"
+        ),
+        "timeline": plots.timeline(
+            {"compute": [("forward", 0.0, 0.01)], "send": [("b 0", 0.0, 0.02), ("b 1", 0.01, 0.03)]}
+        ),
         "bars": plots.bars({"size (MiB)": {"a": 1.0, "b": 20.0}, "error": {"a": 1e-7}}, log=("error",)),
         "ladder": plots.ladder({"plain": (1000.0, 0.9), "fast": (4000.0, 0.8)}, ["plain"], {"limit": 5000.0}),
     }
@@ -36,7 +46,9 @@ def test_each_figure_draws_and_is_shown_by_nobody_else(figures):
         file = io.BytesIO()
         figure.savefig(file, format="png")
         image = Image.open(file).convert("RGB")
-        assert image.getpixel((0, 0)) == (255, 255, 255), f"{name} has no white ground and cannot be read in a dark theme"
+        assert image.getpixel((0, 0)) == (255, 255, 255), (
+            f"{name} has no white ground and cannot be read in a dark theme"
+        )
         assert len(image.getcolors(1_000_000)) > 5, f"{name} is empty"
 
 

@@ -16,7 +16,9 @@ from companion import stacks
 
 pytestmark = pytest.mark.once
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = {extra: [Requirement(text) for text in texts] for extra, texts in PROJECT["optional-dependencies"].items()}
+EXTRAS = {
+    extra: [Requirement(text) for text in texts] for extra, texts in PROJECT["optional-dependencies"].items()
+}
 CORE = [Requirement(text) for text in PROJECT["dependencies"]]
 REFERENCE, NEWEST = stacks.TABLE[2, 9], stacks.TABLE[2, 15]
 
@@ -34,8 +36,17 @@ def pinned(name: str, stack: stacks.Stack = REFERENCE) -> str:
 
 
 def test_the_stacks_are_those_that_fit_together():
-    assert [pinned(name) for name in ("torch", "torchvision", "torch_xla", "torchao")] == ["2.9.0", "0.24.0", "2.9.0", "0.15.0"]
-    assert [pinned(name, NEWEST) for name in ("torch", "torchvision", "torchao")] == ["2.15.0", "0.29.2", "0.18.0"]
+    assert [pinned(name) for name in ("torch", "torchvision", "torch_xla", "torchao")] == [
+        "2.9.0",
+        "0.24.0",
+        "2.9.0",
+        "0.15.0",
+    ]
+    assert [pinned(name, NEWEST) for name in ("torch", "torchvision", "torchao")] == [
+        "2.15.0",
+        "0.29.2",
+        "0.18.0",
+    ]
     assert not pins("torch_xla", NEWEST)
     makefile = (ROOT / "Makefile").read_text()
     assert re.findall(r"^CONSTRAINTS\.(\w+) := (.+)$", makefile, re.MULTILINE) == [
@@ -43,10 +54,14 @@ def test_the_stacks_are_those_that_fit_together():
     ]
 
 
-@pytest.mark.parametrize(("stack", "absent"), [(REFERENCE, set()), (NEWEST, {"xla", "preflight"})], ids=lambda x: str(x)[:15])
+@pytest.mark.parametrize(
+    ("stack", "absent"), [(REFERENCE, set()), (NEWEST, {"xla", "preflight"})], ids=lambda x: str(x)[:15]
+)
 def test_every_requirement_is_pinned_within_its_bounds(stack, absent):
     assert set(EXTRAS) == {"xla", "tune", "compress", "preflight", "notebooks", "dev"}
-    extras = [requirement for extra, needed in EXTRAS.items() if extra not in absent for requirement in needed]
+    extras = [
+        requirement for extra, needed in EXTRAS.items() if extra not in absent for requirement in needed
+    ]
     for requirement in (*CORE, *extras):
         assert pins(requirement.name, stack), f"{requirement.name} is not in {stack.constraints}"
         for pin in pins(requirement.name, stack):
@@ -64,7 +79,14 @@ def test_bounds_are_loose_and_the_name_is_not_a_strangers():
 
 
 def test_no_file_holds_the_address_of_a_package_index():
-    for name in ("constraints.txt", "constraints-newest.txt", "pyproject.toml", "environment.yml", "setup.sh", "Makefile"):
+    for name in (
+        "constraints.txt",
+        "constraints-newest.txt",
+        "pyproject.toml",
+        "environment.yml",
+        "setup.sh",
+        "Makefile",
+    ):
         assert not re.search(r"://(?!github\.com/)|index-url|find-links", (ROOT / name).read_text()), name
 
 
@@ -73,13 +95,19 @@ def test_conda_names_the_same_stack():
     python, pip, packages = environment["dependencies"]
     assert pip == "pip"
     assert packages["pip"] == ["--constraint constraints.txt", "--editable .[notebooks,dev,xla]"]
-    assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(python.removeprefix("python="))
+    assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(
+        python.removeprefix("python=")
+    )
     assert environment["name"] == PROJECT["name"]
     assert "    wanted='.[notebooks,dev,xla]'" in (ROOT / "setup.sh").read_text()
 
 
 def test_binder_names_the_same_stack_for_cpu():
-    lines = [line for line in (ROOT / "binder/requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "binder/requirements.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     assert "--constraint ../constraints.txt" in lines
     assert f"torch=={pinned('torch')}+cpu" in lines
     assert f"torchvision=={pinned('torchvision')}+cpu" in lines
@@ -100,20 +128,39 @@ def test_repo2docker_understands_binder(tmp_path, python):
     copied, installed = dockerfile.rfind("COPY --chown"), dockerfile.find("pip install --no-cache-dir -r")
     assert installed > 0, "Binder would not install binder/requirements.txt"
     assert "binder/requirements.txt" in dockerfile
-    assert dockerfile.find("src/ ${REPO_DIR}") < installed, "the package would be installed before it is copied"
+    assert dockerfile.find("src/ ${REPO_DIR}") < installed, (
+        "the package would be installed before it is copied"
+    )
     assert copied > 0
 
 
 def test_installing_beside_an_existing_torch_changes_nothing(python, tmp_path):
-    command = ["-m", "pip", "install", "--dry-run", "--quiet", "--no-build-isolation", "--report", str(tmp_path / "report.json")]
+    command = [
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--quiet",
+        "--no-build-isolation",
+        "--report",
+        str(tmp_path / "report.json"),
+    ]
     copy = tmp_path / "project"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", ".git", "results", "data", "build", "*.egg-info"))
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".venv*", ".git", "results", "data", "build", "*.egg-info")
+    )
     subprocess.run([*python, *command, str(copy)], check=True, cwd=tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     assert [entry["metadata"]["name"] for entry in report["install"]] == [PROJECT["name"]]
 
 
-COLAB = {"torch": "2.9.0+cpu", "torchvision": "0.24.0+cpu", "numpy": "2.0.2", "matplotlib": "3.10.0", "scikit-learn": "1.6.1"}
+COLAB = {
+    "torch": "2.9.0+cpu",
+    "torchvision": "0.24.0+cpu",
+    "numpy": "2.0.2",
+    "matplotlib": "3.10.0",
+    "scikit-learn": "1.6.1",
+}
 
 
 @pytest.mark.parametrize("name", COLAB)

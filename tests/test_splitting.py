@@ -15,7 +15,10 @@ MODELS = {
     "alexnet": (models.AlexNet, (2, 3, 64, 64)),
     "resnet18": (models.resnet18, (2, 3, 32, 32)),
     "vgg11 (in-place ReLUs)": (lambda: torchvision.models.vgg11(num_classes=10), (1, 3, 32, 32)),
-    "vit (attributes read in forward)": (lambda: torchvision.models.VisionTransformer(16, 8, 3, 2, 8, 16), (2, 3, 16, 16)),
+    "vit (attributes read in forward)": (
+        lambda: torchvision.models.VisionTransformer(16, 8, 3, 2, 8, 16),
+        (2, 3, 16, 16),
+    ),
 }
 
 
@@ -74,7 +77,11 @@ def tied() -> nn.Module:
 
 
 REFUSED = [
-    (Skip, ["down"], r"Skip cannot be cut after 'down': 2 values would have to be sent \(x, down\); use one of add"),
+    (
+        Skip,
+        ["down"],
+        r"Skip cannot be cut after 'down': 2 values would have to be sent \(x, down\); use one of add",
+    ),
     (Skip, ["middle"], r"after 'middle': there is no such layer"),
     (Decides, ["down"], r"the forward of Decides cannot be followed: .*control flow.*nn\.Sequential"),
     (Two, ["down"], r"forward takes 2 inputs \(x, y\)"),
@@ -82,7 +89,11 @@ REFUSED = [
     (models.LeNet5, ["fc2", "fc1"], r"not in the order of the model"),
     (models.LeNet5, ["fc1", "fc1"], r"each once"),
     (models.LeNet5, ["fc3"], r"nothing comes after 'fc3'"),
-    (lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True)), ["0"], r"the next layer overwrites its input in place"),
+    (
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True)),
+        ["0"],
+        r"the next layer overwrites its input in place",
+    ),
 ]
 
 

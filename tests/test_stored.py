@@ -16,7 +16,9 @@ def folder(monkeypatch, tmp_path):
 
 
 def test_a_result_is_kept_only_when_asked_for(folder, monkeypatch, capsys):
-    assert stored.result("01", "sum", lambda: {"a": (1, 2)}, None) == {"a": [1, 2]}, "as JSON will give it back"
+    assert stored.result("01", "sum", lambda: {"a": (1, 2)}, None) == {"a": [1, 2]}, (
+        "as JSON will give it back"
+    )
     assert not list(folder.iterdir())
     monkeypatch.setenv(stored.KEEP, "1")
     stored.result("01", "sum", lambda: 3, None)
@@ -28,7 +30,9 @@ def test_a_result_is_kept_only_when_asked_for(folder, monkeypatch, capsys):
         raise AssertionError("it must not be called")
 
     assert stored.result("01", "sum", impossible, "no TPU") == 3
-    assert list(stored.result("01", "order", impossible, "no TPU")) == ["b", "a"], "in the order that figures will show"
+    assert list(stored.result("01", "order", impossible, "no TPU")) == ["b", "a"], (
+        "in the order that figures will show"
+    )
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2, "a line for each result"
     assert said[0].startswith("not run here: no TPU. STORED result of 20")
@@ -36,7 +40,9 @@ def test_a_result_is_kept_only_when_asked_for(folder, monkeypatch, capsys):
 
 
 def test_what_was_never_stored_is_an_error(folder):
-    with pytest.raises(LookupError, match=r"'sum' of 01 cannot run here \(no TPU\) and no result of it is stored"):
+    with pytest.raises(
+        LookupError, match=r"'sum' of 01 cannot run here \(no TPU\) and no result of it is stored"
+    ):
         stored.result("01", "sum", lambda: 3, "no TPU")
 
 
@@ -52,4 +58,6 @@ def test_stored_results_belong_to_their_notebook(path):
     assert kept
     for name, entry in kept.items():
         assert f'here("{name}", ' in source, f"no cell of {path.stem} asks for {name!r}: delete it"
-        assert entry["versions"] == notebook.metadata.companion.environment.versions, f"{name!r} is older than the outputs"
+        assert entry["versions"] == notebook.metadata.companion.environment.versions, (
+            f"{name!r} is older than the outputs"
+        )

@@ -1,4 +1,6 @@
-"""What XLA does is counted right, each fault of a step is found. XLA runs in processes of its own, before any backward pass."""
+"""What XLA does is counted right, each fault of a step is found. XLA runs in processes of its own, before any
+backward pass.
+"""
 
 import re
 import subprocess
@@ -33,7 +35,9 @@ def test_the_place_is_told_from_hardware(monkeypatch, tmp_path, colab, chips, na
         folder.mkdir(parents=True)
         (folder / "vendor").write_text("0x1ae0\n")
         (folder / "device").write_text("0x0063\n")
-    monkeypatch.setenv("COLAB_RELEASE_TAG", "release") if colab else monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release") if colab else monkeypatch.delenv(
+        "COLAB_RELEASE_TAG", raising=False
+    )
     place = tpu.where(str(tmp_path))
     assert (place.name, place.chips) == (name, chips)
     assert str(place).startswith(f"{name}: {chips} TPU chips, ")
@@ -69,7 +73,9 @@ def test_shares_must_be_equal():
         tpu.check_shares(64, 3)
 
 
-@pytest.mark.parametrize(("version", "named"), [({"torch_xla": "2.9.0"}, "torch_xla 2.9.0"), ({}, "neither torch_xla nor")])
+@pytest.mark.parametrize(
+    ("version", "named"), [({"torch_xla": "2.9.0"}, "torch_xla 2.9.0"), ({}, "neither torch_xla nor")]
+)
 def test_packages_are_named(monkeypatch, version, named):
     def look_up(package):
         if package not in version:
@@ -88,9 +94,9 @@ def test_differences_of_counts():
 
 def test_collectives_are_read_from_a_program():
     program = """
-      %all-reduce.1 = (f32[10,84]{1,0}, f32[]) all-reduce(f32[10,84]{1,0} %a, f32[] %b), channel_id=1, to_apply=%add
-      %all-gather = bf16[8,4]{1,0} all-gather(bf16[1,4]{1,0} %c), dimensions={0}
-      ROOT %add = f32[] add(f32[] %x, f32[] %all-reduce.2)
+      %all-reduce.1 = (f32[10,84]{1,0}, f32[]) all-reduce(f32[10,84]{1,0} %a, f32[] %b), channel_id=1,
+      to_apply=%add %all-gather = bf16[8,4]{1,0} all-gather(bf16[1,4]{1,0} %c), dimensions={0} ROOT %add =
+      f32[] add(f32[] %x, f32[] %all-reduce.2)
     """
     found = tpu.collectives(program)
     assert found == [tpu.Collective("all-reduce", 4 * (840 + 1), 2), tpu.Collective("all-gather", 64, 1)]
@@ -176,7 +182,9 @@ FINDINGS = {
 @pytest.mark.parametrize("name", FINDINGS)
 def test_a_diagnosis_names_the_fault_and_its_line(diagnosed, name):
     found = diagnosed[name].findings
-    assert [(finding.kind, finding.steps) for finding in found] == [(kind, steps) for kind, steps, _ in FINDINGS[name]]
+    assert [(finding.kind, finding.steps) for finding in found] == [
+        (kind, steps) for kind, steps, _ in FINDINGS[name]
+    ]
     for finding, (*_, where) in zip(found, FINDINGS[name], strict=True):
         assert finding.where.split(": ")[-1].startswith(where.split(": ")[-1])
         assert finding.where.startswith(where.split(",")[0])
@@ -216,7 +224,8 @@ def test_the_ragged_batch_is_named_with_its_shape(diagnosed):
 @XLA
 def test_what_xla_lacks_is_one_line(diagnosed):
     line = (
-        r"RuntimeError: step 1: aten::_sparse_coo_tensor_\w+ does not exist on XLA \[in lacks, line \d+: x\.to_sparse\(\)\]: .+"
+        r"RuntimeError: step 1: aten::_sparse_coo_tensor_\w+ does not exist on XLA \[in lacks, line "
+        r"\d+: x\.to_sparse\(\)\]: .+"
     )
     assert re.fullmatch(line, diagnosed["lacks"])
     assert diagnosed["nothing"].startswith("ValueError: there are no batches")
@@ -255,7 +264,10 @@ def _recorded():
 @XLA
 def test_the_graph_is_what_was_recorded_and_not_run():
     lines, did = child(_recorded)
-    assert [name for line in lines for name in ("aten::mm", "aten::relu") if name in line] == ["aten::mm", "aten::relu"]
+    assert [name for line in lines for name in ("aten::mm", "aten::relu") if name in line] == [
+        "aten::mm",
+        "aten::relu",
+    ]
     assert (did.compilations, did.executions, did.transfers) == (1, 1, 1)
 
 
@@ -270,4 +282,6 @@ def _too_late():
 
 @XLA
 def test_asking_for_xla_too_late_is_explained():
-    assert child(_too_late).startswith("XLA was asked for after a backward pass on the CPU had counted the devices: start again")
+    assert child(_too_late).startswith(
+        "XLA was asked for after a backward pass on the CPU had counted the devices: start again"
+    )

@@ -49,7 +49,9 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(few):
 
 
 def test_fit_equals_the_loop_written_out(few):
-    recipe = training.Recipe(epochs=2, schedule="constant", optimizer="sgd", learning_rate=0.01, weight_decay=0.0)
+    recipe = training.Recipe(
+        epochs=2, schedule="constant", optimizer="sgd", learning_rate=0.01, weight_decay=0.0
+    )
     weights, _ = train(few, recipe)
     training.seed_everything(0)
     model = models.LeNet5()
@@ -120,7 +122,9 @@ def test_dropout_goes_on_where_it_was(few, tmp_path):
     whole, parts = model(), model()
     training.fit(whole, few, RECIPE, device="cpu", progress=False)
     with pytest.raises(StopError):
-        training.fit(parts, few, RECIPE, device="cpu", step=until(6), checkpoint=tmp_path / "c.pt", progress=False)
+        training.fit(
+            parts, few, RECIPE, device="cpu", step=until(6), checkpoint=tmp_path / "c.pt", progress=False
+        )
     parts = model()
     training.fit(parts, few, RECIPE, device="cpu", checkpoint=tmp_path / "c.pt", progress=False)
     assert_equal(parts.state_dict(), whole.state_dict())
@@ -128,7 +132,10 @@ def test_dropout_goes_on_where_it_was(few, tmp_path):
 
 def test_a_checkpoint_of_another_recipe_is_refused(few, tmp_path):
     train(few, replace(RECIPE, epochs=1), checkpoint=tmp_path / "c.pt")
-    with pytest.raises(RuntimeError, match=r"is of another recipe \(epochs=1 then, 3 now; learning_rate=0.004 then, 0.1 now\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"is of another recipe \(epochs=1 then, 3 now; learning_rate=0.004 then, 0.1 now\)",
+    ):
         train(few, replace(RECIPE, learning_rate=0.1), checkpoint=tmp_path / "c.pt")
 
 
@@ -147,20 +154,25 @@ def test_a_loss_that_is_no_number_stops_with_step_and_learning_rate(few, bad):
     def step(model, images, labels, loss_function, optimizer):
         return torch.tensor(next(losses))
 
-    with pytest.raises(FloatingPointError, match=rf"the loss is {bad} at step 6 \(epoch 2\), learning rate 0.001"):
+    with pytest.raises(
+        FloatingPointError, match=rf"the loss is {bad} at step 6 \(epoch 2\), learning rate 0.001"
+    ):
         train(few, replace(RECIPE, schedule="constant", learning_rate=1e-3), step=step)
 
 
 def test_a_divergence_among_several_steps_checked_at_once_is_located():
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 8 \(epoch 2\), learning rate 0.2"):
-        training._check_finite([torch.tensor(x) for x in (1.0, math.nan, math.inf)], [0.1, 0.2, 0.3], epoch=1, last_step=9)
+        training._check_finite(
+            [torch.tensor(x) for x in (1.0, math.nan, math.inf)], [0.1, 0.2, 0.3], epoch=1, last_step=9
+        )
 
 
 def test_mixed_precision_trains(few):
     _, history = train(few, replace(RECIPE, amp="bfloat16", channels_last=True))
     _, plain = train(few)
     assert history.train_loss != plain.train_loss
-    assert history.train_loss == pytest.approx(plain.train_loss, rel=0.05)  # bfloat16 keeps 8 bits: 0.4 % a product
+    # Bfloat16 keeps 8 bits: 0.4 % a product.
+    assert history.train_loss == pytest.approx(plain.train_loss, rel=0.05)
 
 
 def test_a_step_of_your_own_is_used_and_contradictions_are_refused(few):

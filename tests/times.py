@@ -1,6 +1,7 @@
 """What tests and notebooks took: a plugin of pytest that notes it, and a program that shows the slowest.
 
-`python -m tests.times --start` forgets what was noted and looks for room on the disk; `python -m tests.times` shows.
+`python -m tests.times --start` forgets what was noted and looks for room on the disk; `python -m tests.times`
+shows.
 """
 
 import json
@@ -26,14 +27,20 @@ def add(kind: str, name: str, seconds: float, cpu_seconds: float | None = None) 
 
 
 def within_budget(notebook: str, kind: str, cpu_seconds: float) -> None:
-    """Fails if a run of a notebook took more CPU-seconds than parameters.toml allows its kind, noise included."""
+    """Fails if a run of a notebook took more CPU-seconds than parameters.toml allows its kind, noise
+    included.
+    """
     budgets = tomllib.loads((ROOT / "tests" / "parameters.toml").read_text())["cpu_seconds"]
     allowed = NOISE * budgets.get(notebook, {}).get(kind, budgets[kind])
-    assert cpu_seconds <= allowed, f"{notebook}, {kind}: {cpu_seconds:.0f} CPU-seconds, of {allowed:.0f} allowed"
+    assert cpu_seconds <= allowed, (
+        f"{notebook}, {kind}: {cpu_seconds:.0f} CPU-seconds, of {allowed:.0f} allowed"
+    )
 
 
 def pytest_runtest_logreport(report) -> None:
-    if report.when == "call" and "PYTEST_XDIST_WORKER" not in os.environ:  # once, where all reports come together
+    if (
+        report.when == "call" and "PYTEST_XDIST_WORKER" not in os.environ
+    ):  # once, where all reports come together
         add("test", report.nodeid, report.duration)
 
 
@@ -42,14 +49,19 @@ def start() -> None:
     folder = tempfile.gettempdir()
     free = min(shutil.disk_usage(place).free for place in (ROOT, folder))
     if free < ENOUGH_BYTES:
-        print(f"note: only {free / 1e9:.0f} GB are free in {ROOT.name} or the temporary folder; 15 GB are comfortable")
+        print(
+            f"note: only {free / 1e9:.0f} GB are free in {ROOT.name} or the temporary folder; 15 GB are "
+            f"comfortable"
+        )
 
 
 def show(count: int = 10) -> None:
     """Prints the slowest tests and notebooks."""
     rows = [json.loads(line) for line in NOTED.read_text().splitlines()] if NOTED.exists() else []
     for kind in ("test", "notebook"):
-        slowest = sorted((row for row in rows if row["kind"] == kind), key=lambda row: -row["seconds"])[:count]
+        slowest = sorted((row for row in rows if row["kind"] == kind), key=lambda row: -row["seconds"])[
+            :count
+        ]
         if slowest:
             print(f"the slowest {kind}s, of {sum(row['kind'] == kind for row in rows)}:")
         for row in slowest:

@@ -61,4 +61,6 @@ def float64_is_overlooked(notebook):
 def other_batches_on_the_mesh(notebook):
     """The mesh learns from the batches in another order."""
     spmd = tpu.spmd
-    tpu.spmd = lambda count, function, weights, model, batches: spmd(count, function, weights, model, batches[::-1])
+    tpu.spmd = lambda count, function, weights, model, batches: spmd(
+        count, function, weights, model, batches[::-1]
+    )

@@ -31,4 +31,6 @@ def statistics_of_a_copy(notebook):
 def replicas_are_misnumbered(notebook):
     """Replicas are called in the opposite order, and the wrong one is named."""
     apply = data_parallel.parallel_apply
-    data_parallel.parallel_apply = lambda replicas, pieces, threads=1: apply(replicas[::-1], pieces[::-1], threads)[::-1]
+    data_parallel.parallel_apply = lambda replicas, pieces, threads=1: apply(
+        replicas[::-1], pieces[::-1], threads
+    )[::-1]

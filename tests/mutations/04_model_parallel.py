@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from mutating import breaks
 
-from companion import launch, model_parallel
+from companion import launch, model_parallel, pipeline
 
 
 @breaks("two-devices")
@@ -20,7 +20,7 @@ def pieces_in_another_order(notebook):
 def a_micro_batch_is_dropped(notebook):
     """The last micro-batch is dropped, the first comes twice."""
 
-    class Pipeline(model_parallel.Pipeline):
+    class Pipeline(pipeline.Pipeline):
         def step(self, images, labels):
             piece = len(images) // self.micro_batches
             twice = (torch.cat([part[:piece], part[:-piece]]) for part in (images, labels))
@@ -33,9 +33,11 @@ def a_micro_batch_is_dropped(notebook):
 def micro_batches_are_added_up(notebook):
     """Losses of micro-batches are sums, not averages."""
 
-    class Pipeline(model_parallel.Pipeline):
+    class Pipeline(pipeline.Pipeline):
         def __init__(self, stages, schedule, micro_batches):
-            super().__init__(stages, schedule, micro_batches, lambda x, labels: micro_batches * F.cross_entropy(x, labels))
+            super().__init__(
+                stages, schedule, micro_batches, lambda x, labels: micro_batches * F.cross_entropy(x, labels)
+            )
 
     notebook.Pipeline = Pipeline
 
@@ -45,10 +47,16 @@ def the_ranks_see_other_batches(notebook):
     """The pipeline's ranks get the images in another order."""
     run = launch.run
 
-    def wrong(function, world_size, *args, **options):
-        if function is model_parallel.train:
-            dataset, folder, recipe, *rest = args
-            args = dataset, folder, replace(recipe, seed=recipe.seed + 1), *rest
-        return run(function, world_size, *args, **options)
+    def wrong(function, *args, **options):
+        def elsewhere(*inner):
+            train = model_parallel.train
+
+            def reseeded(model, splits, recipe, *rest):
+                return train(model, splits, replace(recipe, seed=recipe.seed + 1), *rest)
+
+            model_parallel.train = reseeded
+            return function(*inner)
+
+        return run(elsewhere, *args, **options)
 
     launch.run = wrong

@@ -1,4 +1,6 @@
-"""Things sent between processes by value, functions of a notebook's cells too, with errors that name what cannot be."""
+"""Things sent between processes by value, functions of a notebook's cells too, with errors that name what
+cannot be.
+"""
 
 import importlib
 import inspect
@@ -29,8 +31,8 @@ class _Bounded(io.BytesIO):
 
 class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, thing):
-        # torch.classes is a module of a type of its own. cloudpickle takes it along with any function that mentions torch
-        # and an attribute called "classes", and then cannot pickle it.
+        # torch.classes is a module of a type of its own. cloudpickle takes it along with any function that
+        # mentions torch and an attribute called "classes", and then cannot pickle it.
         if isinstance(thing, types.ModuleType) and sys.modules.get(thing.__name__) is thing:
             return importlib.import_module, (thing.__name__,)
         return super().reducer_override(thing)
@@ -39,14 +41,17 @@ class _Pickler(cloudpickle.Pickler):
 def pack(thing: object, name: str, most_bytes: float = math.inf) -> bytes:
     """`thing`, called `name` in errors, pickled by value.
 
-    Raises TypeError that names the part which cannot be pickled, ValueError if it would be larger than `most_bytes`.
+    Raises TypeError that names the part which cannot be pickled, ValueError if it would be larger than
+    `most_bytes`.
     """
     file = _Bounded(most_bytes)
     try:
         _Pickler(file).dump(thing)
     except _TooLargeError:
         most = f"{most_bytes / 2**30:.3g} GiB"
-        raise ValueError(f"{name} is larger than {most}: return less, or save it to a file and return its path") from None
+        raise ValueError(
+            f"{name} is larger than {most}: return less, or save it to a file and return its path"
+        ) from None
     except Exception as error:
         part, kind = _culprit(thing, name)
         raise TypeError(

@@ -1,0 +1,67 @@
+"""Files from which a training goes on: plain dictionaries of tensors and settings, replaced in one move, read
+without trust.
+"""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+
+def save(path: Path, contents: dict[str, object]) -> None:
+    """Replaces the file in one move, so that a process killed meanwhile leaves the previous one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        torch.save(contents, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: Path, must_agree: dict[str, object] | None = None) -> dict[str, object] | None:
+    """What `save` wrote, on the CPU; None if there is no file.
+
+    Its entry "settings" must agree with `must_agree`. Raises RuntimeError for a file that is damaged or has
+    other settings, ValueError for a place that cannot be written to, before a training has begun for nothing.
+    """
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"checkpoint {path} cannot be written: name a file in a folder that you may write to"
+        )
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise RuntimeError(
+            f"checkpoint {path} is damaged ({type(error).__name__}): delete it to start again"
+        ) from error
+    differences = [
+        f"{name}={saved['settings'].get(name)!r} then, {value!r} now"
+        for name, value in (must_agree or {}).items()
+        if saved["settings"].get(name) != value
+    ]
+    if differences:
+        raise RuntimeError(
+            f"checkpoint {path} is of another recipe ({'; '.join(differences)}): name another file or "
+            f"delete it"
+        )
+    return saved
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's random numbers, on the CPU and on a GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Goes on with the random numbers where `random_state` was asked."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

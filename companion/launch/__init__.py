@@ -1,0 +1,288 @@
+"""Worker processes from anywhere: `run` calls a function, even one of a notebook's cell, on several ranks.
+
+    def worker(x):
+        dist.all_reduce(x)  # plain torch.distributed
+        return x
+
+    by_rank = launch.run(worker, 2, torch.ones(3))
+
+Ranks are forked from a server that has imported torch and done nothing else: safe where `fork` hangs, and
+quick the second time.
+"""
+
+import linecache
+import math
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+
+import torch
+import torch.distributed as dist
+
+from companion import devices, host
+from companion.launch import pickling
+from companion.launch.protocol import Order, State
+from companion.launch.ranks import Rank
+
+PRELOAD = [
+    "torch._dynamo",
+    "torch.nn.parallel",
+    "torch.distributed.pipelining",
+    "tqdm.notebook",
+    "companion.training",
+]
+_PATIENCE_SECONDS = (
+    0.7  # for how long what may be the echo of another rank's failure waits for news of that one
+)
+
+
+class WorkerError(RuntimeError):
+    """A rank failed, was killed, or did not end in time. The message has its traceback, and where the other
+    ranks were.
+
+    `rank` is the one that failed first (None for a time-out of the whole), `reason` what happened in one
+    line, `place` the line of the user's code where it did, if known.
+    """
+
+    def __init__(self, reason: str, rank: int | None, place: str, details: str):
+        super().__init__(
+            "\n".join([reason if rank is None else f"rank {rank} failed first: {reason}", details]).rstrip()
+        )
+        self.rank, self.reason, self.place = rank, reason, place
+
+
+def device() -> torch.device:
+    """The device of this rank: the one `run` gave it; under torchrun the GPU of its LOCAL_RANK, or the CPU if
+    there is none.
+    """
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device(
+        os.environ.get("COMPANION_DEVICE")
+        or (f"cuda:{index}" if index < torch.cuda.device_count() else "cpu")
+    )
+
+
+def places(world_size: int, device: str | torch.device | Iterable[str] = "auto") -> list[torch.device]:
+    """Where each rank runs. `device` is one name or a list by rank; "auto" is the GPUs in turn, or else the
+    CPU.
+    """
+    if not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size={world_size!r} must be a whole number, 1 or more")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = devices.select_list(str(device) if isinstance(device, torch.device) else device, world_size)
+    if others := {place.type for place in found} - {"cpu", "cuda"}:
+        raise ValueError(f"ranks run on cpu and cuda, not on {', '.join(sorted(others))}")
+    return found
+
+
+def join(backend: str | None = None) -> torch.device:
+    """Joins the process group that torchrun's variables tell of, and gives this rank's device, which is set
+    before anything is sent.
+
+    `run` needs no such call: its ranks have joined before the function starts. `backend` is nccl where the
+    device is a GPU. Raises RuntimeError if this process was not started by torchrun, or `run`.
+    """
+    if "RANK" not in os.environ:
+        raise RuntimeError(
+            "this process has no rank: start it by torchrun, or call the function through launch.run"
+        )
+    here = device()
+    if here.type == "cuda":
+        torch.cuda.set_device(here)  # where nccl puts what it sends by itself, as in a barrier
+    dist.init_process_group(backend or ("nccl" if here.type == "cuda" else "gloo"))
+    return here
+
+
+def warm() -> multiprocessing.context.ForkServerContext:
+    """Starts the server that ranks are forked from, which imports torch in the background; the first `run`
+    then waits less.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
+    return context
+
+
+def run(
+    function: Callable,
+    world_size: int,
+    *args: object,
+    device: str | Iterable[str] = "auto",
+    backend: str | None = "auto",
+    threads: int | None = None,
+    timeout_seconds: float = 300.0,
+    limit_seconds: float = math.inf,
+    port: int = 0,
+) -> list:
+    """Calls `function(*args)` in `world_size` processes and gives what each returned, by rank.
+
+    In each, the default process group is ready (with `backend=None`: the variables that
+    `dist.init_process_group` reads), `launch.device()` is its device (see `places`) and torch uses `threads`
+    threads, or else its share of the usable cores. The backend "auto" is nccl if each rank has a GPU of its
+    own, else gloo. Lines that ranks print appear as `[rank 1] ...`, tqdm's bars from rank 0 alone.
+
+    No collective may wait longer than `timeout_seconds`, nor the whole take more than `limit_seconds`. `port`
+    is the store's, any free one for 0. Only the loopback interface is used. However it ends, no process is
+    left behind.
+
+    Raises ValueError or TypeError, before anything starts, for what cannot work; OSError for a port in use;
+    WorkerError.
+    """
+    if not callable(function):
+        raise TypeError(f"{function!r} is not a function")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} must be 1 or more")
+    if not min(timeout_seconds, limit_seconds) > 0:
+        raise ValueError(
+            f"timeout_seconds={timeout_seconds} and limit_seconds={limit_seconds} must be above 0"
+        )
+    where = places(world_size, device)
+    backend = _backend(backend, where)
+    threads = max(1, host.usable_cores() // world_size) if threads is None else threads
+    payload = (
+        pickling.pack(function, getattr(function, "__name__", "the function")),
+        pickling.pack(args, "args"),
+    )
+    store, context, method = _store(port), warm(), multiprocessing.get_start_method()
+    shared = {
+        "MASTER_ADDR": store.host,
+        "MASTER_PORT": store.port,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+    }
+    shared |= {
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "OMP_NUM_THREADS": threads,
+    }
+    shared |= {
+        name: os.environ.get(name, _loopback()) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    }
+    ranks, cells = [Rank(number) for number in range(world_size)], _cells()
+    try:
+        for rank, place in zip(ranks, where, strict=True):
+            own = {"RANK": rank.number, "LOCAL_RANK": rank.number, "COMPANION_DEVICE": place}
+            variables = dict(os.environ) | {name: str(value) for name, value in (shared | own).items()}
+            rank.start(context, payload, cells, variables, method, backend, timeout_seconds)
+        return _collect(ranks, limit_seconds)
+    finally:
+        for rank in ranks:
+            rank.end()
+        del store  # also where a notebook keeps this frame for its last traceback: the port is free again
+
+
+def _backend(name: str | None, where: list[torch.device]) -> str | None:
+    """What the ranks talk through; nccl wants each to have a GPU of its own."""
+    if name not in ("auto", "gloo", "nccl", None):
+        raise ValueError(
+            f"backend={name!r} is unknown; use 'auto', 'gloo', 'nccl', or None to make the group yourself"
+        )
+    alone = len(set(where)) == len(where) and {place.type for place in where} == {"cuda"}
+    if name == "nccl" and not alone:
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ValueError(
+            f"nccl needs a GPU of its own for each of {len(where)} ranks; there are {there}: use 'gloo'"
+        )
+    return ("cpu:gloo,cuda:nccl" if alone else "gloo") if name == "auto" else name
+
+
+def _store(port: int) -> dist.TCPStore:
+    """The place where the ranks find each other, listening on the loopback interface only (TCPStore's own
+    would on all).
+    """
+    try:
+        server = socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise OSError(
+            error.errno, f"port {port} cannot be had ({error.strerror}); port=0 takes any that is free"
+        ) from error
+    port = server.getsockname()[1]
+    return dist.TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=server.detach()
+    )
+
+
+def _loopback() -> str:
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
+def _cells() -> dict[str, tuple[str, list[str]]]:
+    """The code that is in no file: filename -> (the name that a notebook shows for it, its lines)."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    # New in IPython 8.
+    known = getattr(getattr(shell, "compile", None), "format_code_name", lambda filename: None)
+    cells = {
+        name: entry[2]
+        for name, entry in linecache.cache.items()
+        if len(entry) == 4 and not os.path.exists(name)
+    }
+    return {name: (" ".join(known(name) or ("File", f'"{name}"')), lines) for name, lines in cells.items()}
+
+
+def _hear(ranks: list[Rank], seconds: float) -> None:
+    """Takes in what the ranks say; waits at most `seconds` for something."""
+    sources = {source: rank for rank in ranks for source in rank.sources()}
+    for source in wait(list(sources), min(seconds, 3600)):
+        if (
+            source in sources[source].sources()
+        ):  # still: the end of a rank is heard together with its last words
+            sources[source].hear(source)
+
+
+def _collect(ranks: list[Rank], limit_seconds: float) -> list:
+    """The results by rank, once all have returned; raises WorkerError as soon as it is clear which rank
+    failed first.
+    """
+    late, settled = time.monotonic() + limit_seconds, math.inf
+    while any(rank.result is None for rank in ranks):
+        now, failures = time.monotonic(), [rank.failure for rank in ranks if rank.failure]
+        if failures:
+            settled = min(
+                settled, now + (_PATIENCE_SECONDS if all(failure.echo for failure in failures) else 0.1)
+            )
+        if now >= settled:
+            first = min(
+                (rank for rank in ranks if rank.failure),
+                key=lambda rank: (rank.failure.echo, rank.failure.seconds),
+            )
+            details = "\n".join([first.failure.details, _whereabouts(ranks, first)])
+            raise WorkerError(first.failure.reason, first.number, first.failure.place, details)
+        if now >= late:
+            raise WorkerError(
+                f"time-out: not all ranks returned within {limit_seconds:g} s", None, "", _whereabouts(ranks)
+            )
+        _hear(ranks, min(settled, late) - now)
+    for rank in ranks:
+        rank.leave()
+    end = time.monotonic() + 10
+    while any(rank.state is not State.ENDED for rank in ranks) and (now := time.monotonic()) < end:
+        _hear(ranks, end - now)
+    return [pickling.unpack(rank.result) for rank in ranks]
+
+
+def _whereabouts(ranks: list[Rank], but: Rank | None = None) -> str:
+    """What each rank, but one, was doing."""
+    running = [rank for rank in ranks if rank.state is State.RUNNING and not rank.failure]
+    for rank in running:
+        rank.tell(Order.SAY_PLACE)
+    # A busy machine needs long to answer; a rank in native code that holds the GIL never does.
+    end = time.monotonic() + 3
+    while not all(rank.place or rank.failure for rank in running) and (now := time.monotonic()) < end:
+        _hear(ranks, end - now)
+    said: dict[str, list[str]] = {}
+    for rank in ranks:
+        if rank is not but:
+            said.setdefault(rank.whereabouts(), []).append(str(rank.number))
+    lines = [
+        (f"rank {who[0]}", what)
+        if not who[1:]
+        else (f"ranks {', '.join(who)}", what.replace("was", "were", 1))
+        for what, who in said.items()
+    ]
+    return "\n".join(f"{who} {what}" for who, what in lines)
