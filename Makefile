@@ -89,7 +89,7 @@ bench: $(READY)
 	@$(PYTHON_IN) -m benchmarks
 
 store: $(READY)
-	@$(PYTHON_IN) -m companion store
+	@$(PYTHON_IN) -m companion store $(NB)
 
 doctor: $(READY)
 	@$(PYTHON_IN) -m companion doctor

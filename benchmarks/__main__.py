@@ -1,6 +1,4 @@
-"""python -m benchmarks [NAME ...]: prints the table (Markdown) and writes it with the environment to
-results/benchmarks.json.
-"""
+"""python -m benchmarks [NAME ...]: prints the table (Markdown), and writes it to results/benchmarks.json."""
 
 import argparse
 import importlib

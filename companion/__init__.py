@@ -22,6 +22,7 @@ MODULES = (
     "model_parallel",
     "models",
     "parity",
+    "pictures",
     "pipeline",
     "plots",
     "report",

@@ -1,5 +1,6 @@
-"""What ranks say to each other: its time, its bytes, and whether all have the same. Called in each rank of a
-process group.
+"""What ranks say to each other: its time, its bytes, and whether all have the same.
+
+Called in each rank of a process group.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -1,6 +1,4 @@
-"""The data sets themselves: scikit-learn's digits, a harder task made from them, CIFAR-10; each cut in
-three.
-"""
+"""The data sets: scikit-learn's digits, a harder task made from them, and CIFAR-10; each in three parts."""
 
 import os
 import shutil
@@ -24,8 +22,9 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set cut in three: learn from `train`, choose on `val`, report `test` once. `images * std + mean`
-    is in [0, 1].
+    """A data set cut in three: learn from `train`, choose on `val`, report `test` once.
+
+    `images * std + mean` is in [0, 1].
     """
 
     name: str

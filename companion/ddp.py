@@ -1,5 +1,4 @@
-"""DistributedDataParallel: training on several ranks, and what a step of it costs; also a program for
-torchrun.
+"""DistributedDataParallel: training on several ranks, what a step costs, and a program for torchrun.
 
     torchrun --nproc-per-node=8 -m companion.ddp --dataset cifar10 --epochs 30
 

@@ -172,8 +172,9 @@ def end_step(device: torch.device) -> None:
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Sets how many threads an operator uses, and returns it. None: as many as now, but no more than
-    `host.usable_cores`.
+    """Sets how many threads an operator uses, and returns it.
+
+    None: as many as now, but no more than `host.usable_cores`.
     """
     cores = host.usable_cores()
     threads = min(torch.get_num_threads(), cores) if threads is None else threads

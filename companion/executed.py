@@ -1,6 +1,4 @@
-"""What an executed notebook holds besides its outputs: what it and its cells took, and of what it is an
-execution.
-"""
+"""What an executed notebook says of itself: what it and its cells took, and of what it is an execution."""
 
 import functools
 import hashlib

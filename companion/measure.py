@@ -1,6 +1,4 @@
-"""How long it takes: medians with their spread, ways taken in turn, verdicts, and a word of doubt where the
-machine was busy.
-"""
+"""How long it takes: ways in turn, medians with their spread, verdicts, doubt where the machine was busy."""
 
 import math
 import os

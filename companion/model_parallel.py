@@ -1,5 +1,4 @@
-"""A model cut into stages on several ranks, fed with micro-batches: training it, its timeline, bubble and
-memory.
+"""A model in stages on several ranks: training it, its timeline, its bubble and its memory.
 
     torchrun --nproc-per-node=8 -m companion.model_parallel --micro-batches 32 --schedule 1f1b
 

@@ -84,8 +84,9 @@ class _OnDevice(nn.Module):
 
 
 class Pipeline:
-    """This rank's stages of a model, under a schedule. Every rank makes one of the same `stages`, and keeps
-    only its own.
+    """This rank's stages of a model, under a schedule.
+
+    Every rank makes one of the same `stages`, and keeps only its own.
 
     Stage i runs on rank i modulo the world size. `loss_function(output, labels)` gives the mean over a
     micro-batch; one whose value for the batch is not the mean of its values for micro-batches (class weights,

@@ -1,39 +1,18 @@
-"""The figures of all notebooks, in one look. Each function gives a Figure, which shows as the last line of a
-notebook's cell.
+"""The figures of all notebooks, in one look.
+
+Each function gives a Figure, which shows as the last line of a notebook's cell.
 """
 
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from companion.datasets import Split, Splits
 from companion.figures import COLOURS, middle, panels_of, styled, whisker
 from companion.measure import Spread
 from companion.tables import short
 from companion.training import History
-
-
-@styled
-def images(splits: Splits, split: Split, count: int = 20, guesses: torch.Tensor | None = None) -> Figure:
-    """The first `count` images of a split with their labels; with `guesses` `[N]`, what the model took them
-    for.
-    """
-    columns = min(10, count)
-    rows = -(-count // columns)
-    drawn, axes = plt.subplots(rows, columns, figsize=(0.85 * columns, 1.05 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for i, axis in zip(range(min(count, len(split.labels))), axes.flat, strict=False):
-        axis.imshow(
-            (split.images[i] * splits.std + splits.mean).clamp(0, 1).permute(1, 2, 0).numpy(),
-            interpolation="nearest",
-        )
-        title = splits.classes[split.labels[i]]
-        axis.set_title(title if guesses is None else f"{title}, not {splits.classes[guesses[i]]}", fontsize=9)
-    return drawn
 
 
 @styled
@@ -56,37 +35,6 @@ def learning_curves(histories: dict[str, History]) -> Figure:
     left.legend(fontsize=8)
     if len(histories) > 1:
         right.legend(fontsize=8)
-    return drawn
-
-
-@styled
-def confusion(labels: torch.Tensor, guesses: torch.Tensor, classes: Sequence[str]) -> Figure:
-    """How many images of each true class were taken for each class; the diagonal, which is right, is left
-    pale.
-    """
-    counts = torch.bincount(labels * len(classes) + guesses, minlength=len(classes) ** 2).view(
-        len(classes), -1
-    )
-    wrong = counts.clone().fill_diagonal_(0)
-    drawn, (axis,) = panels_of(1, 4.6, 4.2)
-    axis.grid(False)
-    axis.imshow(wrong.numpy(), cmap="Oranges", vmin=0, vmax=max(1, int(wrong.max()) * 2))
-    for row in range(len(classes)):
-        for column in range(len(classes)):
-            if counts[row, column]:
-                axis.text(
-                    column,
-                    row,
-                    int(counts[row, column]),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="grey" if row == column else "black",
-                )
-    ticks = range(len(classes))
-    axis.set(xlabel="taken for", ylabel="is", xticks=ticks, yticks=ticks)
-    axis.set_xticklabels(classes, rotation=0 if len(max(classes, key=len)) < 3 else 90)
-    axis.set_yticklabels(classes)
     return drawn
 
 
@@ -161,7 +109,7 @@ def against_theory(
     `levels` and `marks` are named horizontal and vertical lines; `log` names the logarithmic axes, "", "x" or
     "xy".
     """
-    drawn, (axis,) = panels_of(1, 8, 3.8)
+    drawn, (axis,) = panels_of(1, 8, 3.4 + 0.25 * len(series))
     for (name, (x, measured, predicted)), colour in zip(series.items(), COLOURS, strict=False):
         if measured:
             axis.plot(
@@ -179,9 +127,7 @@ def against_theory(
             axis.plot(x, predicted, "--", color=colour, label=f"{name}, predicted")
     for name, level in (levels or {}).items():
         axis.axhline(level, color="black", linewidth=0.8, linestyle=":")
-        axis.annotate(
-            name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
-        )
+        axis.annotate(name, (1, level), (4, 0), xycoords=("axes fraction", "data"), **_NOTE)
     if "x" in log:
         axis.set_xscale("log", base=2)
     for name, place in (marks or {}).items():
@@ -201,8 +147,35 @@ def against_theory(
     )
     if "y" not in log:
         axis.set_ylim(bottom=0)
-    drawn.legend(loc="outside right center", fontsize=9)
+    drawn.legend(loc="outside upper center", ncols=2, fontsize=9)
     return drawn
+
+
+@styled
+def difference(
+    series: dict[str, Sequence[float]], xlabel: str, ylabel: str, allowed: dict[str, float]
+) -> Figure:
+    """How far apart two curves are, point by point from 1 on, where the curves would hide each other.
+
+    `allowed` are named tolerances, drawn as dashed lines. The axis is logarithmic above the smallest
+    difference, and 0 is 0.
+    """
+    drawn, (axis,) = panels_of(1, 8, 3.2)
+    for (name, values), colour in zip(series.items(), COLOURS, strict=False):
+        apart = [abs(value) for value in values]
+        axis.plot(range(1, len(apart) + 1), apart, "o", markersize=4, color=colour, label=name)
+    sizes = [abs(x) for values in series.values() for x in values if x] or [min(allowed.values())]
+    axis.set_yscale("symlog", linthresh=min(sizes))
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.2 * min(sizes), 5 * max(*sizes, *allowed.values())))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for name, level in allowed.items():
+        axis.axhline(level, color="black", linewidth=1, linestyle="--")
+        axis.annotate(name, (1, level), (4, 0), xycoords=("axes fraction", "data"), **_NOTE)
+    drawn.legend(loc="outside upper center", ncols=len(series), fontsize=9)
+    return drawn
+
+
+_NOTE = {"textcoords": "offset points", "va": "center", "fontsize": 9}
 
 
 @styled
@@ -264,8 +237,11 @@ def timeline(
 
 @styled
 def bars(columns: dict[str, dict[str, float | Spread]], log: Sequence[str] = ()) -> Figure:
-    """One panel for each quantity: quantity with its unit -> name -> value. Those in `log` are points on a
-    logarithmic axis, where the length of a bar would mean nothing. Values with a spread have whiskers."""
+    """One panel for each quantity: quantity with its unit -> name -> value.
+
+    Those in `log` are points on a logarithmic axis, where the length of a bar would mean nothing. Values with
+    a spread have whiskers.
+    """
     rows = list(dict.fromkeys(name for values in columns.values() for name in values))
     drawn, panels = panels_of(len(columns), 9, 1.0 + 0.34 * len(rows))
     for axis, (title, values), colour in zip(panels, columns.items(), COLOURS * len(columns), strict=False):
@@ -289,6 +265,8 @@ def bars(columns: dict[str, dict[str, float | Spread]], log: Sequence[str] = ())
                     textcoords="offset points",
                     fontsize=9,
                 )
+        if all(isinstance(value, int) for value in values.values()):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel=title, yticks=places, yticklabels=rows if axis is panels[0] else [])
         axis.margins(x=0.3)
         axis.invert_yaxis()

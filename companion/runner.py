@@ -41,8 +41,9 @@ class Outcome:
 
 
 def find(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
-    """The notebooks with these numbers or names ("03", "03_ddp"), all for no names. Raises ValueError for one
-    not there.
+    """The notebooks with these numbers or names ("03", "03_ddp"), all for no names.
+
+    Raises ValueError for one not there.
     """
     notebooks = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not notebooks:

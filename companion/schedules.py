@@ -42,8 +42,9 @@ def predicted_bubble(schedule: str, ranks: int, micro_batches: int) -> float:
 
 @dataclass(frozen=True)
 class Span:
-    """One pass of one micro-batch through one stage: F, B, or B's halves I and W. Seconds of a clock that all
-    ranks share.
+    """One pass of one micro-batch through one stage: F, B, or B's halves I and W.
+
+    Seconds of a clock that all ranks share.
     """
 
     kind: str
@@ -159,8 +160,9 @@ class TimedStage(nn.Module):
 def timed_stages(
     count: int, forward_seconds: float, input_seconds: float, weight_seconds: float
 ) -> list[TimedStage]:
-    """Stages that take equally long. The first has no gradient of its input to compute, and works for its
-    weight instead.
+    """Stages that take equally long.
+
+    The first has no gradient of its input to compute, and works for its weight instead.
     """
     first = TimedStage(forward_seconds, 0.0, input_seconds + weight_seconds)
     return [first, *(TimedStage(forward_seconds, input_seconds, weight_seconds) for _ in range(count - 1))]

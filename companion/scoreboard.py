@@ -64,8 +64,9 @@ def record(
 
 
 def read(results_dir: str | Path) -> list[dict]:
-    """All rows recorded in `results_dir`, oldest first; an empty list where nothing was. Raises ValueError
-    for a damaged line.
+    """All rows recorded in `results_dir`, oldest first; an empty list where nothing was.
+
+    Raises ValueError for a damaged line.
     """
     path, rows = Path(results_dir, FILE), []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):

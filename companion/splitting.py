@@ -1,9 +1,9 @@
 """Cuts a model into stages that run one after another, each handing a single tensor to the next, and balances
 their times.
 
-layers = splitting.profile(model, images)      # where it can be cut, and how long each layer takes here
-at = splitting.balanced(layers, stages=4)      # the layers after which to cut
-stages = splitting.split(model, at)            # modules that share the model's parameters
+    layers = splitting.profile(model, images)      # where it can be cut, and how long each layer takes here
+    at = splitting.balanced(layers, stages=4)      # the layers after which to cut
+    stages = splitting.split(model, at)            # modules that share the model's parameters
 """
 
 from collections.abc import Sequence
@@ -67,8 +67,9 @@ def _alive(graph: fx.GraphModule) -> list[tuple[fx.Node, list[fx.Node]]]:
 
 
 def _cuts(graph: fx.GraphModule) -> dict[str, fx.Node]:
-    """The places after which one value alone goes on, by name; the last is the end of the model. A name is
-    unique or numbered.
+    """The places after which one value alone goes on, by name; the last is the end of the model.
+
+    A name is unique or numbered.
     """
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:

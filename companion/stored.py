@@ -1,6 +1,4 @@
-"""Results kept with the package: what was measured where the real thing runs, shown, labelled, where it
-cannot.
-"""
+"""Results kept with the package: measured where the real thing runs; shown, labelled, where it cannot."""
 
 import json
 import os

@@ -1,5 +1,4 @@
-"""TPUs through torch_xla: where this is, what XLA did, what a training step does wrong, one program on many
-devices.
+"""TPUs through torch_xla: where this is, what XLA did, what a step does wrong, one program on many devices.
 
 torch_xla records operations and compiles them when asked to. It runs on TPUs, and on any CPU through XLA's
 own compiler.

@@ -57,8 +57,9 @@ class Recipe:
 
 @dataclass
 class History:
-    """What `fit` measured, one entry an epoch. Accuracies are from 0 to 1, times in seconds, without the
-    validation's.
+    """What `fit` measured, one entry an epoch.
+
+    Accuracies are from 0 to 1, times in seconds, without the validation's.
     """
 
     train_loss: list[float] = field(default_factory=list)

@@ -1,5 +1,6 @@
-"""Everything that can go wrong in worker processes, made to happen: python tests/launch_faults.py --times 20
---seed 0
+"""Everything that can go wrong in worker processes, made to happen.
+
+    python tests/launch_faults.py --times 20 --seed 0
 
 Each case runs in processes of its own, must be reported as it should, in time, and must leave no process
 behind. The tests run each once; as a program this repeats them in a random order and prints a summary; it

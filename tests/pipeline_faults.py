@@ -1,5 +1,6 @@
-"""Everything that can go wrong in a pipeline, made to happen: python tests/pipeline_faults.py --times 20
---seed 0
+"""Everything that can go wrong in a pipeline, made to happen.
+
+    python tests/pipeline_faults.py --times 20 --seed 0
 
 Each case must be reported with its rank and stage, in time, and must leave no process behind; see
 launch_faults.py.

@@ -1,5 +1,6 @@
-"""What every notebook must have and do. A new notebook is found by itself; it adds its smaller parameters and
-its mutations.
+"""What every notebook must have and do.
+
+A new notebook is found by itself; it adds its smaller parameters and its mutations.
 """
 
 import ast

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from companion import plots, training
+from companion import measure, pictures, plots, training
 
 HISTORY = training.History([2.0, 1.0], [1.5, 0.9], [0.5, 0.8], [0.1, 0.1], [1.0, 1.0], [10, 10])
 
@@ -15,10 +15,10 @@ def figures(digits):
     guesses = digits.test.labels.clone()
     guesses[:5] = (guesses[:5] + 1) % 10
     return {
-        "images": plots.images(digits, digits.train, 13),
-        "guesses": plots.images(digits, digits.test, 3, guesses),
+        "images": pictures.images(digits, digits.train, 13),
+        "guesses": pictures.images(digits, digits.test, 3, guesses),
         "curves": plots.learning_curves({"one": HISTORY, "two": training.History([2.0])}),
-        "confusion": plots.confusion(digits.test.labels, guesses, digits.classes),
+        "confusion": pictures.confusion(digits.test.labels, guesses, digits.classes),
         "breakdown": plots.breakdown(
             {"plain": {"data": 3e-3, "forward": 1e-3}, "fast": {"data": 1e-4, "forward": 1e-3}}
         ),
@@ -35,6 +35,9 @@ def figures(digits):
         "timeline": plots.timeline(
             {"compute": [("forward", 0.0, 0.01)], "send": [("b 0", 0.0, 0.02), ("b 1", 0.01, 0.03)]}
         ),
+        "difference": plots.difference({"a": [0.0, 1e-7, 1e-3]}, "step", "apart", {"allowed": 1e-2}),
+        "equal": plots.difference({"a": [0.0, 0.0]}, "step", "apart", {"allowed": 1e-2}),
+        "spread": plots.bars({"speed-up": {"a": measure.Spread(2.0, 1.5, 3.0, 7), "b": 1.0}}),
         "bars": plots.bars({"size (MiB)": {"a": 1.0, "b": 20.0}, "error": {"a": 1e-7}}, log=("error",)),
         "ladder": plots.ladder({"plain": (1000.0, 0.9), "fast": (4000.0, 0.8)}, ["plain"], {"limit": 5000.0}),
     }

@@ -35,7 +35,8 @@ GROUND = {
     "collectives": ("launch", "measure"),
     "training": ("checkpoint", "data", "devices"),
     "figures": ("measure",),
-    "plots": ("datasets", "figures", "measure", "tables", "training"),
+    "pictures": ("datasets", "figures"),
+    "plots": ("figures", "measure", "tables", "training"),
     "diagrams": ("figures",),
 }
 TECHNIQUES = {

@@ -1,5 +1,6 @@
-"""What XLA does is counted right, each fault of a step is found. XLA runs in processes of its own, before any
-backward pass.
+"""What XLA does is counted right, each fault of a step is found.
+
+XLA runs in processes of its own, before any backward pass.
 """
 
 import re

@@ -42,8 +42,9 @@ _PATIENCE_SECONDS = (
 
 
 class WorkerError(RuntimeError):
-    """A rank failed, was killed, or did not end in time. The message has its traceback, and where the other
-    ranks were.
+    """A rank failed, was killed, or did not end in time.
+
+    The message has its traceback, and where the other ranks were.
 
     `rank` is the one that failed first (None for a time-out of the whole), `reason` what happened in one
     line, `place` the line of the user's code where it did, if known.

@@ -1,5 +1,6 @@
-"""What runs in a rank: `main` calls the function, and reports to the launching process. `protocol` has the
-map.
+"""What runs in a rank: `main` calls the function, and reports to the launching process.
+
+`protocol` has the map.
 """
 
 import faulthandler
