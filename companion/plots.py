@@ -132,15 +132,8 @@ def against_theory(
         axis.set_xscale("log", base=2)
     for name, place in (marks or {}).items():
         axis.axvline(place, color=COLOURS[6], linewidth=0.8, linestyle=":")
-        axis.annotate(
-            name,
-            (place, 0.03),
-            xycoords=("data", "axes fraction"),
-            rotation=90,
-            ha="right",
-            va="bottom",
-            fontsize=9,
-        )
+        above = {"xycoords": ("data", "axes fraction"), "rotation": 12, "ha": "left"}
+        axis.annotate(name, (place, 1), (0, 2), **_NOTE | above | {"va": "bottom"})
     axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if "y" in log else "linear")
     axis.xaxis.set_major_formatter(
         EngFormatter(sep="", places=0) if "x" in log else axis.xaxis.get_major_formatter()
@@ -269,6 +262,6 @@ def bars(columns: dict[str, dict[str, float | Spread]], log: Sequence[str] = ())
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel=title, yticks=places, yticklabels=rows if axis is panels[0] else [])
         axis.margins(x=0.3)
-        axis.invert_yaxis()
+        axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.grid(axis="y", visible=False)
     return drawn

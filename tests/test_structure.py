@@ -50,10 +50,12 @@ TECHNIQUES = {
     "hybrid": ("ddp", "model_parallel", "pipeline"),
     "multi_machine": ("ddp",),
     "ray_tune": (),
-    "quantization": (),
+    "fusing": (),
+    "low_bits": (),
+    "quantization": ("fusing",),
     "pruning": (),
     "preflight": ("tpu",),
-    "fastest": ("quantization", "pruning"),
+    "fastest": ("low_bits", "pruning", "quantization"),
 }
 ROOF = {
     "kernels": ("host",),
