@@ -254,15 +254,15 @@ def _runs(made: nn.Module, batch: torch.Tensor) -> nn.Module:
     """The converted model, once it has been seen to run."""
     try:
         made(batch)
-    except (RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # whatever torch's integer layers fail with
         operator = re.search(r"Could not run '([\w:.]+)'", str(error))
-        if not operator:
-            raise
-        raise QuantizationError(
-            f"{operator[1]} takes no integers: put a torch.ao.nn.quantized.FloatFunctional in its place, "
-            f"or a "
-            "DeQuantStub before it and a QuantStub after it"
-        ) from error
+        if operator:
+            said = (
+                f"{operator[1]} takes no integers: put a torch.ao.nn.quantized.FloatFunctional in its place,"
+            )
+            raise QuantizationError(f"{said} or a DeQuantStub before it and a QuantStub after it") from error
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'without a message'}"
+        raise QuantizationError(f"its integer version does not run ({said}); dynamic may do") from error
     return made
 
 
