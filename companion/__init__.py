@@ -28,6 +28,7 @@ MODULES = (
     "pipeline",
     "plots",
     "quantization",
+    "quantization_pt2e",
     "report",
     "runner",
     "schedules",

@@ -53,9 +53,10 @@ TECHNIQUES = {
     "fusing": (),
     "low_bits": (),
     "quantization": ("fusing",),
+    "quantization_pt2e": ("quantization",),
     "pruning": (),
     "preflight": ("tpu",),
-    "fastest": ("low_bits", "pruning", "quantization"),
+    "fastest": ("low_bits", "pruning", "quantization", "quantization_pt2e"),
 }
 ROOF = {
     "kernels": ("host",),

@@ -1,0 +1,94 @@
+"""Graphs get integers, compute nearly the same, compiled too; what cannot be is refused in words."""
+
+import pytest
+import torch
+from torch import nn
+
+from companion import data, devices, models, parity, quantization_pt2e, stacks, training
+from companion.quantization import QuantizationError
+
+pytest.importorskip("torchao", reason="needs torchao: pip install 'accelerating-pytorch[compress]'")
+
+
+@pytest.fixture(scope="module")
+def lenet(digits) -> nn.Module:
+    training.seed_everything(0)
+    model = models.LeNet5()
+    recipe = training.Recipe(epochs=12, batch_size=64, learning_rate=8e-3)
+    training.fit(model, digits, recipe, device="cpu", validate=False, progress=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_graph_of_integers_is_as_accurate(lenet, digits, dynamic):
+    before = parity.fingerprint(lenet)
+    made = quantization_pt2e.exported(lenet, digits.train.images[:128].split(64), dynamic=dynamic)
+    assert len(quantization_pt2e.quantize_nodes(made)) >= 10
+    part = data.Split(digits.test.images, digits.test.labels)
+    plain = training.evaluate(lenet, part)
+    made.eval()
+    for size in (1, 7, 360):
+        with torch.no_grad():
+            found = made(part.images[:size])
+        assert (found - plain.logits[:size]).norm() / plain.logits[:size].norm() < 0.1
+        assert not torch.equal(found, plain.logits[:size]), "is there an integer in it?"
+    assert parity.fingerprint(lenet) == before
+
+
+def test_residual_sums_need_no_change():
+    made = quantization_pt2e.exported(models.resnet18(), [torch.randn(2, 3, 32, 32)])
+    assert len(quantization_pt2e.quantize_nodes(made)) > 40
+    assert made(torch.randn(3, 3, 32, 32)).shape == (3, 10)
+
+
+def test_compiled_it_computes_the_same_and_leaves_its_input(lenet, digits):
+    if reason := devices.why_not("compile"):
+        with pytest.raises(QuantizationError, match=r"torch.compile cannot be used here"):
+            quantization_pt2e.compiled(lenet)
+        pytest.skip(reason)
+    made = quantization_pt2e.exported(lenet, digits.train.images[:128].split(64))
+    fast, x = quantization_pt2e.compiled(made), digits.test.images[:64].clone()
+    with torch.no_grad():
+        expected = made(x)
+    found = fast(x)
+    assert (found - expected).norm() / expected.norm() < 0.05
+    assert torch.equal(x, digits.test.images[:64])
+
+
+@pytest.mark.filterwarnings("ignore:Models quantized with version 1 of")
+@pytest.mark.parametrize("kind", quantization_pt2e.KINDS)
+def test_weights_of_few_bits(kind):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32)).eval(), torch.randn(4, 64)
+    if kind == "int4_weights" and not stacks.current().has_torch_xla:
+        with pytest.raises(QuantizationError, match="has no int4 weights for the CPU"):
+            quantization_pt2e.weights(model, kind)
+        return
+    made = quantization_pt2e.weights(model, kind)
+    with torch.no_grad():
+        error = (made(x) - model(x)).norm() / model(x).norm()
+    assert 0 < error < (0.2 if kind == "int4_weights" else 0.05)
+    assert type(model[0].weight.data) is torch.Tensor
+
+
+class Decides(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+REFUSED = {
+    "no calibration data": lambda: quantization_pt2e.exported(nn.Linear(4, 2), []),
+    "the first batch has one sample": lambda: quantization_pt2e.exported(nn.Linear(4, 2), [torch.ones(1, 4)]),
+    "nothing was quantized: the graph has no": lambda: quantization_pt2e.exported(
+        nn.ReLU(), [torch.ones(2, 4)]
+    ),
+    "torch.export cannot follow Decides: ": lambda: quantization_pt2e.exported(Decides(), [torch.ones(2, 4)]),
+    "kind='int2' is unknown": lambda: quantization_pt2e.weights(nn.Linear(4, 2), "int2"),
+    "it has no linear layers": lambda: quantization_pt2e.weights(nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_quantized_is_refused(message):
+    with pytest.raises(QuantizationError, match=message):
+        REFUSED[message]()
