@@ -102,9 +102,9 @@ def test_only_an_execution_at_the_defaults_that_passed_counts(project, monkeypat
 
 def test_budgets_are_held_with_room_for_noise():
     budget = cells.SETTINGS["cpu_seconds"]["smaller"]
-    times.within_budget("02_data_parallel", "smaller", 1.4 * budget)
+    times.within_budget("02_data_parallel", "smaller", 1.9 * budget)
     with pytest.raises(AssertionError, match="02_data_parallel, smaller: "):
-        times.within_budget("02_data_parallel", "smaller", 1.6 * budget)
+        times.within_budget("02_data_parallel", "smaller", 2.1 * budget)
 
 
 def test_a_slice_has_what_a_cell_needs_and_nothing_else():
