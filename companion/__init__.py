@@ -28,6 +28,7 @@ MODULES = (
     "pipeline",
     "plots",
     "quantization",
+    "quantization_compare",
     "quantization_pt2e",
     "report",
     "runner",

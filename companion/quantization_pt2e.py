@@ -10,9 +10,10 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from types import MethodType, ModuleType
 
 import torch
+import torch._dynamo.config
 import torch._inductor.config
 from torch import fx, nn
 
@@ -73,14 +74,21 @@ def exported(
             raise QuantizationError(
                 "nothing was quantized: the graph has no convolution, linear or matrix product"
             )
-        _torchao("torchao.quantization.pt2e").allow_exported_model_train_eval(made)  # else eval() is an error
+    made.train, made.eval = MethodType(_as_it_is, made), MethodType(_as_it_is, made)  # else they are errors
     return made
+
+
+def _as_it_is(graph: fx.GraphModule, mode: bool = True) -> fx.GraphModule:
+    """The graph has one mode, inference, whatever it is told."""
+    return graph
 
 
 def _graph(model: nn.Module, batch: torch.Tensor) -> fx.GraphModule:
     sizes = ({0: torch.export.Dim("batch", min=1, max=2**16)},)
     try:
-        return torch.export.export(model, (batch,), dynamic_shapes=sizes, strict=True).module()
+        # Guards in C++ would need a compiler, and torch in a path without a space.
+        with torch._dynamo.config.patch(enable_cpp_symbolic_shape_guards=False):
+            return torch.export.export(model, (batch,), dynamic_shapes=sizes, strict=True).module()
     except Exception as error:  # whatever torch.export has to say of the model
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise QuantizationError(f"torch.export cannot follow {type(model).__name__}: {said}") from error

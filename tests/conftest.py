@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from companion import data
+from companion import data, models, training
 
 if threading.current_thread() is threading.main_thread():
     # A shell's background jobs ignore Ctrl-C, and so would what the tests start, some of it to interrupt it.
@@ -26,6 +26,16 @@ def root(monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def digits() -> data.Splits:
     return data.load("digits")
+
+
+@pytest.fixture(scope="session")
+def trained_lenet(digits) -> torch.nn.Module:
+    """LeNet5 that reads digits, in eval mode; nobody may change it."""
+    training.seed_everything(0)
+    model = models.LeNet5()
+    recipe = training.Recipe(epochs=12, batch_size=64, learning_rate=8e-3)
+    training.fit(model, digits, recipe, device="cpu", validate=False, progress=False)
+    return model.eval()
 
 
 @pytest.fixture(autouse=True)

@@ -14,15 +14,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def lenet(digits) -> nn.Module:
-    training.seed_everything(0)
-    model = models.LeNet5()
-    recipe = training.Recipe(epochs=12, batch_size=64, learning_rate=8e-3)
-    training.fit(model, digits, recipe, device="cpu", validate=False, progress=False)
-    return model.eval()
-
-
 def accuracy(model: nn.Module, split: data.Split) -> float:
     with torch.no_grad():
         return (model(split.images).argmax(1) == split.labels).double().mean().item()
@@ -54,28 +45,28 @@ class Residual(nn.Module):
         return x + self.conv(x)
 
 
-def test_static_integers_are_smaller_and_as_accurate(lenet, digits):
-    before = parity.fingerprint(lenet)
-    made = quantization.static(lenet, batches(digits))
+def test_static_integers_are_smaller_and_as_accurate(trained_lenet, digits):
+    before = parity.fingerprint(trained_lenet)
+    made = quantization.static(trained_lenet, batches(digits))
     assert set(quantization.layers(made).quantized) == {
         f"module.{name}" for name in ("conv1", "conv2", "fc1", "fc2", "fc3")
     }
     assert not quantization.layers(made).left
-    assert accuracy(made, digits.test) > accuracy(lenet, digits.test) - 0.01
-    assert memory.disk_bytes(lenet) / memory.disk_bytes(made) > 3
-    assert parity.fingerprint(lenet) == before
-    assert not quantization.layers(lenet).quantized
+    assert accuracy(made, digits.test) > accuracy(trained_lenet, digits.test) - 0.01
+    assert memory.disk_bytes(trained_lenet) / memory.disk_bytes(made) > 3
+    assert parity.fingerprint(trained_lenet) == before
+    assert not quantization.layers(trained_lenet).quantized
 
 
 @pytest.mark.parametrize("engine", quantization.engines())
 @pytest.mark.parametrize(("per_channel", "observer"), [(True, "histogram"), (False, "minmax")])
-def test_each_engine_and_kind_of_scale(lenet, digits, engine, per_channel, observer):
+def test_each_engine_and_kind_of_scale(trained_lenet, digits, engine, per_channel, observer):
     engine_before = torch.backends.quantized.engine
     made = quantization.static(
-        lenet, batches(digits), per_channel=per_channel, observer=observer, engine=engine
+        trained_lenet, batches(digits), per_channel=per_channel, observer=observer, engine=engine
     )
     assert torch.backends.quantized.engine == engine_before
-    assert accuracy(made, digits.test) > accuracy(lenet, digits.test) - 0.03
+    assert accuracy(made, digits.test) > accuracy(trained_lenet, digits.test) - 0.03
     scheme = made.module.fc1.weight().qscheme()
     assert scheme == (torch.per_channel_affine if per_channel else torch.per_tensor_affine)
 
@@ -98,8 +89,8 @@ def test_layers_that_follow_each_other_become_one(digits):
             assert (model(digits.test.images) - expected).norm() / expected.norm() < 0.1
 
 
-def test_a_module_that_is_used_twice_is_not_fused(lenet):
-    assert fusing.fusible(lenet) == []  # one ReLU serves all layers
+def test_a_module_that_is_used_twice_is_not_fused(trained_lenet):
+    assert fusing.fusible(trained_lenet) == []  # one ReLU serves all layers
 
 
 def test_what_cannot_be_traced_is_fused_where_it_is_plain_to_see():
@@ -158,23 +149,23 @@ def test_training_with_rounding_is_converted(digits):
         quantization.trained(net, lambda model: None)
 
 
-def test_half_precision(lenet, digits):
-    made = quantization.cast(lenet, torch.bfloat16)
+def test_half_precision(trained_lenet, digits):
+    made = quantization.cast(trained_lenet, torch.bfloat16)
     assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
-    assert next(lenet.parameters()).dtype == torch.float32
+    assert next(trained_lenet.parameters()).dtype == torch.float32
     with torch.no_grad():
         assert made(digits.test.images[:4].bfloat16()).dtype == torch.bfloat16
     with pytest.raises(QuantizationError, match=r"neither torch.float16 nor torch.bfloat16"):
-        quantization.cast(lenet, torch.float64)
+        quantization.cast(trained_lenet, torch.float64)
     with pytest.raises(QuantizationError, match="no floating point parameters"):
         quantization.cast(nn.ReLU(), torch.bfloat16)
 
 
-def test_few_bits_cost_accuracy_and_training_gives_it_back(lenet, digits):
-    found = {bits: accuracy(low_bits.rounded(lenet, bits).eval(), digits.test) for bits in (8, 4, 2)}
-    assert found[8] > accuracy(lenet, digits.test) - 0.01
+def test_few_bits_cost_accuracy_and_training_gives_it_back(trained_lenet, digits):
+    found = {bits: accuracy(low_bits.rounded(trained_lenet, bits).eval(), digits.test) for bits in (8, 4, 2)}
+    assert found[8] > accuracy(trained_lenet, digits.test) - 0.01
     assert found[2] < found[8] - 0.2
-    made = low_bits.rounded(lenet, 2)
+    made = low_bits.rounded(trained_lenet, 2)
     recipe = training.Recipe(epochs=6, batch_size=64, learning_rate=2e-3)
     training.fit(made, digits, recipe, device="cpu", validate=False, progress=False)
     assert accuracy(made.eval(), digits.test) > found[2] + 0.1
@@ -224,13 +215,13 @@ def test_numbers_of_bits_out_of_range_are_refused(bits):
 
 
 @pytest.mark.parametrize("way", ["static", "dynamic"])
-def test_a_saved_model_comes_back_and_a_damaged_file_does_not(lenet, digits, tmp_path, way):
+def test_a_saved_model_comes_back_and_a_damaged_file_does_not(trained_lenet, digits, tmp_path, way):
     def make(model):
         return (
             quantization.static(model, batches(digits, 1)) if way == "static" else quantization.dynamic(model)
         )
 
-    made, other, path = make(lenet), make(models.LeNet5()), tmp_path / "model.pt"
+    made, other, path = make(trained_lenet), make(models.LeNet5()), tmp_path / "model.pt"
     quantization.save(made, path)
     loaded, x = quantization.load(path, other), digits.test.images[:50]
     with torch.no_grad():

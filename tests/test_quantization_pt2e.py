@@ -10,29 +10,20 @@ from companion.quantization import QuantizationError
 pytest.importorskip("torchao", reason="needs torchao: pip install 'accelerating-pytorch[compress]'")
 
 
-@pytest.fixture(scope="module")
-def lenet(digits) -> nn.Module:
-    training.seed_everything(0)
-    model = models.LeNet5()
-    recipe = training.Recipe(epochs=12, batch_size=64, learning_rate=8e-3)
-    training.fit(model, digits, recipe, device="cpu", validate=False, progress=False)
-    return model.eval()
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_graph_of_integers_is_as_accurate(lenet, digits, dynamic):
-    before = parity.fingerprint(lenet)
-    made = quantization_pt2e.exported(lenet, digits.train.images[:128].split(64), dynamic=dynamic)
+def test_a_graph_of_integers_is_as_accurate(trained_lenet, digits, dynamic):
+    before = parity.fingerprint(trained_lenet)
+    made = quantization_pt2e.exported(trained_lenet, digits.train.images[:128].split(64), dynamic=dynamic)
     assert len(quantization_pt2e.quantize_nodes(made)) >= 10
     part = data.Split(digits.test.images, digits.test.labels)
-    plain = training.evaluate(lenet, part)
+    plain = training.evaluate(trained_lenet, part)
     made.eval()
     for size in (1, 7, 360):
         with torch.no_grad():
             found = made(part.images[:size])
         assert (found - plain.logits[:size]).norm() / plain.logits[:size].norm() < 0.1
         assert not torch.equal(found, plain.logits[:size]), "is there an integer in it?"
-    assert parity.fingerprint(lenet) == before
+    assert parity.fingerprint(trained_lenet) == before
 
 
 def test_residual_sums_need_no_change():
@@ -41,12 +32,12 @@ def test_residual_sums_need_no_change():
     assert made(torch.randn(3, 3, 32, 32)).shape == (3, 10)
 
 
-def test_compiled_it_computes_the_same_and_leaves_its_input(lenet, digits):
+def test_compiled_it_computes_the_same_and_leaves_its_input(trained_lenet, digits):
     if reason := devices.why_not("compile"):
         with pytest.raises(QuantizationError, match=r"torch.compile cannot be used here"):
-            quantization_pt2e.compiled(lenet)
+            quantization_pt2e.compiled(trained_lenet)
         pytest.skip(reason)
-    made = quantization_pt2e.exported(lenet, digits.train.images[:128].split(64))
+    made = quantization_pt2e.exported(trained_lenet, digits.train.images[:128].split(64))
     fast, x = quantization_pt2e.compiled(made), digits.test.images[:64].clone()
     with torch.no_grad():
         expected = made(x)

@@ -54,6 +54,7 @@ TECHNIQUES = {
     "low_bits": (),
     "quantization": ("fusing",),
     "quantization_pt2e": ("quantization",),
+    "quantization_compare": ("quantization", "quantization_pt2e"),
     "pruning": (),
     "preflight": ("tpu",),
     "fastest": ("low_bits", "pruning", "quantization", "quantization_pt2e"),

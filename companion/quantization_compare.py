@@ -1,0 +1,167 @@
+"""Which variant of fewer bits pays here: each tried in a process of its own, in turn with float32.
+
+found = quantization_compare.compare(model, images, accuracy)  # accuracy(model): from 0 to 1
+print(found.table())
+"""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from companion import launch, measure, memory, quantization, tables
+from companion import quantization_pt2e as pt2e
+
+FLOAT = "float32"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: accuracy, speed-up over float32 by batch size, bytes on disk; or the reason why not."""
+
+    name: str
+    accuracy: float | None = None
+    speed_up: dict[int, measure.Spread] | None = None
+    disk_bytes: int | None = None
+    busy: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The variants in the order in which they were tried, float32 first."""
+
+    rows: tuple[Row, ...]
+
+    def table(self) -> tables.Table:
+        sizes = list(self.rows[0].speed_up)
+        head = ("variant", "accuracy", *(f"speed-up, batch {size}" for size in sizes), "KiB", "remark")
+        return tables.Table(head, [self._cells(row, sizes) for row in self.rows])
+
+    def _cells(self, row: Row, sizes: Sequence[int]) -> tuple[str, ...]:
+        if row.reason:
+            return row.name, *[""] * (len(sizes) + 2), row.reason
+        gains = (f"{row.speed_up[size]:.2f}x {measure.verdict(row.speed_up[size])}" for size in sizes)
+        return row.name, f"{row.accuracy:.2%}", *gains, f"{row.disk_bytes / 1024:,.1f}", row.busy or ""
+
+    def best(self, batch_size: int, budget: float = 0.005) -> Row:
+        """The fastest variant at this batch size whose accuracy is at most `budget` (0.005: half a point)
+        below float32's.
+
+        Judged by the lower end of the spread; where nothing is faster for sure, that is float32 itself.
+        """
+        allowed = self.rows[0].accuracy - budget
+        fit = [row for row in self.rows[1:] if not row.reason and row.accuracy >= allowed]
+        fastest = max(fit, key=lambda row: row.speed_up[batch_size].low, default=self.rows[0])
+        return fastest if fastest.speed_up[batch_size].low > 1 else self.rows[0]
+
+
+class In(nn.Module):
+    """A model of another type, or layout, that takes and gives float32."""
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, layout: torch.memory_format = torch.preserve_format
+    ):
+        super().__init__()
+        self.model, self.dtype, self.layout = model.to(memory_format=layout), dtype, layout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x.to(self.dtype, memory_format=self.layout)).float()
+
+
+def _scripted(model: nn.Module) -> nn.Module:
+    return torch.jit.freeze(torch.jit.script(model.eval()))
+
+
+Maker = Callable[[nn.Module, list[torch.Tensor]], nn.Module]
+VARIANTS: dict[str, Maker] = {
+    FLOAT: lambda model, data: model,
+    "float32, compiled": lambda model, data: pt2e.compiled(model),
+    "float16": lambda model, data: In(quantization.cast(model, torch.float16), torch.float16),
+    "bfloat16": lambda model, data: In(quantization.cast(model, torch.bfloat16), torch.bfloat16),
+    "bfloat16, channels_last": lambda model, data: _channels_last(model, data),
+    "int8 dynamic": lambda model, data: quantization.dynamic(model),
+    "int8 static": lambda model, data: quantization.static(model, data),
+    "int8 static, scripted": lambda model, data: _scripted(quantization.static(model, data)),
+    "int8 PT2E, compiled": lambda model, data: pt2e.compiled(pt2e.exported(model, data)),
+    "int8 torchao, dynamic": lambda model, data: pt2e.weights(model, "int8_dynamic"),
+}
+
+
+def _channels_last(model: nn.Module, data: list[torch.Tensor]) -> nn.Module:
+    if data[0].dim() != 4:
+        raise quantization.QuantizationError("only images [N, C, H, W] have channels to put last")
+    return In(quantization.cast(model, torch.bfloat16), torch.bfloat16, torch.channels_last)
+
+
+def compare(
+    model: nn.Module,
+    inputs: torch.Tensor,
+    evaluate: Callable[[nn.Module], float],
+    *,
+    batch_sizes: Sequence[int] = (1, 64),
+    threads: int = 1,
+    rounds: int = 15,
+    limit_seconds: float = 300.0,
+    variants: dict[str, Maker] | None = None,
+) -> Comparison:
+    """Tries every variant on `inputs` `[N, ...]` of float32, which are the calibration data too.
+
+    `evaluate(model)` gives the accuracy from 0 to 1 of a model that takes and gives float32; it runs in the
+    variant's process. What cannot be made, crashes or takes more than `limit_seconds` is a row with its
+    reason. `variants` adds ways of your own to `VARIANTS`: name -> function of the model and the batches of
+    calibration data.
+
+    Raises ValueError for inputs that are fewer than the largest batch, or not float32.
+    """
+    if len(inputs) < max(batch_sizes) or inputs.dtype != torch.float32:
+        raise ValueError(
+            f"inputs {tuple(inputs.shape)} of {inputs.dtype}: give {max(batch_sizes)} or more, of float32"
+        )
+    model, own, rows = copy.deepcopy(model).eval(), variants or {}, []
+    for name in VARIANTS | own:
+        try:
+            given = (name, own.get(name), model, inputs, evaluate, tuple(batch_sizes), rounds)
+            options = {"device": "cpu", "backend": None, "threads": threads, "limit_seconds": limit_seconds}
+            rows += launch.run(_tried, 1, *given, **options)
+        except launch.WorkerError as error:
+            rows.append(Row(name, reason=error.reason))
+    return Comparison(tuple(rows))
+
+
+def _tried(name, make, model, inputs, evaluate, batch_sizes, rounds) -> Row:
+    """One variant's row, in a process of its own."""
+    try:
+        made = (make or VARIANTS[name])(model, list(inputs.split(max(2, min(64, len(inputs))))))
+    except (quantization.QuantizationError, ImportError) as error:
+        return Row(name, reason=str(error))
+    gains, busy = {}, None
+    with torch.no_grad():
+        for size in batch_sizes:
+            x = inputs[:size].contiguous()
+            calls = _calls(model, x)
+            ways = {
+                FLOAT: lambda x=x, n=calls: _again(model, x, n),
+                "it": lambda x=x, n=calls: _again(made, x, n),
+            }
+            times = measure.compare(ways, rounds=rounds)
+            gains[size], busy = times.speed_up("it", over=FLOAT), busy or times.busy
+        if name == FLOAT:
+            gains = {size: measure.Spread(1, 1, 1, rounds) for size in gains}  # by definition
+        return Row(name, float(evaluate(made)), gains, memory.disk_bytes(made), busy)
+
+
+def _again(model: nn.Module, x: torch.Tensor, calls: int) -> None:
+    for _ in range(calls):
+        model(x)
+
+
+def _calls(model: nn.Module, x: torch.Tensor, seconds: float = 0.01) -> int:
+    """How often the model is to be called for a time that a clock can tell."""
+    _again(model, x, 2)
+    start = time.perf_counter()
+    model(x)
+    return max(1, int(seconds / (time.perf_counter() - start)))
