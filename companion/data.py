@@ -76,7 +76,7 @@ def crops(images: torch.Tensor, augment: Augment) -> tuple[torch.Tensor, tuple[i
         if augment.shift
         else images.contiguous()
     )
-    padded = torch.cat([padded, padded.flip(3)]) if augment.flip else padded
+    padded = torch.cat([padded, padded.flip(3)]) if augment.flip else padded  # [N or 2N, C, H + 2s, W + 2s]
     (channels, height, width), (rows, columns) = images.shape[1:], padded.shape[2:]
     # From an image's first to its last element.
     reach = (channels - 1) * rows * columns + (height - 1) * columns + width
@@ -137,16 +137,16 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         samples, (image, row) = len(self.labels), self.strides
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        order = torch.randperm(samples, generator=generator) if self.shuffle else torch.arange(samples)
+        order = torch.randperm(samples, generator=generator) if self.shuffle else torch.arange(samples)  # [N]
         down, right = torch.randint(0, 2 * self.augment.shift + 1, (2, samples), generator=generator)
         mirror = torch.randint(0, 1 + self.augment.flip, (samples,), generator=generator)
-        starts = (order + mirror * samples) * image + down * row + right
+        starts = (order + mirror * samples) * image + down * row + right  # [N], each an index of `views`
         mine = slice(self.rank, self.share * self.world_size, self.world_size)
         starts, labels = starts[mine].to(self.labels.device), self.labels[order[mine].to(self.labels.device)]
         end = len(self) * self.batch_size if self.drop_last else self.share
         block = self.batch_size * max(1, _BLOCK_BYTES // (4 * self.batch_size * self.views[0].numel()))
         for begin in range(0, end, block):
             these = slice(begin, min(begin + block, end))
-            images = self.views.index_select(0, starts[these])
+            images = self.views.index_select(0, starts[these])  # [block, C, H, W]
             for x, y in zip(images.split(self.batch_size), labels[these].split(self.batch_size), strict=True):
-                yield x.to(self.device), y.to(self.device)
+                yield x.to(self.device), y.to(self.device)  # [batch, C, H, W], [batch]

@@ -59,6 +59,7 @@ def scatter(inputs: object, places: Sequence[torch.device]) -> list:
     As torch.chunk cuts: the last piece may be smaller, and few samples may leave devices without any.
     """
     leaves, structure = tree_flatten(inputs)
+    # Each [N, ...]; numbers and tensors without a dimension go to every device as they are.
     batched = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()]
     if len({len(leaf) for leaf in batched}) != 1:
         raise ValueError(
@@ -139,7 +140,7 @@ def gather(outputs: Sequence, place: torch.device) -> object:
     columns = zip(*(tree_flatten(output)[0] for output in outputs), strict=True)
     joined = []
     for column in columns:
-        if all(isinstance(leaf, torch.Tensor) for leaf in column):
+        if all(isinstance(leaf, torch.Tensor) for leaf in column):  # [n, ...] each, or scalars
             joined.append(
                 torch.cat([leaf.to(place) if leaf.dim() else leaf.to(place)[None] for leaf in column])
             )

@@ -102,20 +102,15 @@ def _clutter(digits: Split, size: int, seed: int, pieces: int = 2, noise: float 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator) * (high - low) + low
 
-    def place(
-        images: torch.Tensor, turn: float, scale: tuple[float, float], shift: float
-    ) -> torch.Tensor:  # -> [N, 1, 32, 32]
-        angle, zoom, dx, dy = (
-            uniform(-turn, turn, size),
-            uniform(*scale, size),
-            uniform(-shift, shift, size),
-            uniform(-shift, shift, size),
-        )
+    def place(images: torch.Tensor, turn: float, scale: tuple[float, float], shift: float) -> torch.Tensor:
+        """`images` `[N, 1, 8, 8]`, each turned, scaled and shifted by chance, as `[N, 1, 32, 32]`."""
+        angle, zoom = uniform(-turn, turn, size), uniform(*scale, size)  # [N] each
+        dx, dy = uniform(-shift, shift, size), uniform(-shift, shift, size)
         cos, sin = angle.cos() / zoom, angle.sin() / zoom
         rows = [
             torch.stack([cos, -sin, sin * dy - cos * dx], 1),
             torch.stack([sin, cos, -sin * dx - cos * dy], 1),
-        ]
+        ]  # two of [N, 3]: the rows of N affine maps
         grid = F.affine_grid(torch.stack(rows, 1), (size, 1, 32, 32), align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
 
@@ -128,13 +123,9 @@ def _clutter(digits: Split, size: int, seed: int, pieces: int = 2, noise: float 
         rows, columns = ((inside >= start) & (inside < start + 4) for start in (top, left))
         corner = others * (rows[:, None, :, None] & columns[:, None, None, :])  # a 4x4 piece of another digit
         picture = torch.maximum(picture, 0.8 * place(corner, 3.1, (0.5, 0.8), 0.8))
-    ink, paper = uniform(0.4, 1, size, 3, 1, 1), uniform(0, 0.5, size, 3, 1, 1)
-    images = (
-        torch.randn(size, 3, 32, 32, generator=generator)
-        .mul_(noise)
-        .add_(torch.lerp(paper, ink, picture))
-        .clamp_(0, 1)
-    )
+    ink, paper = uniform(0.4, 1, size, 3, 1, 1), uniform(0, 0.5, size, 3, 1, 1)  # a colour for each image
+    images = torch.randn(size, 3, 32, 32, generator=generator).mul_(noise)
+    images.add_(torch.lerp(paper, ink, picture)).clamp_(0, 1)  # [N, 3, 32, 32]
     return Split(images, digits.labels[chosen])
 
 

@@ -132,7 +132,7 @@ def against_theory(
         axis.set_xscale("log", base=2)
     for name, place in (marks or {}).items():
         axis.axvline(place, color=COLOURS[6], linewidth=0.8, linestyle=":")
-        above = {"xycoords": ("data", "axes fraction"), "rotation": 12, "ha": "left"}
+        above = {"xycoords": ("data", "axes fraction"), "rotation": 35, "ha": "left"}
         axis.annotate(name, (place, 1), (0, 2), **_NOTE | above | {"va": "bottom"})
     axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if "y" in log else "linear")
     axis.xaxis.set_major_formatter(

@@ -183,10 +183,10 @@ def profile(model: nn.Module, images: torch.Tensor, rounds: int = 5) -> list[Lay
         value, passes = images, []
         for number, stage in enumerate(stages):
             given = value.detach().requires_grad_(number > 0)  # nobody asks for the images' gradient
-            value = laps(f"{number} forward", stage, given)
+            value = laps(f"{number} forward", stage, given)  # [N, ...], what this stage hands on
             passes.append((given, value))
             sizes[number] = value.nbytes
-        gradient = torch.ones_like(value)
+        gradient = torch.ones_like(value)  # of the sum of all outputs
         for number, (given, value) in reversed(list(enumerate(passes))):
             backward = value.backward if value.requires_grad else lambda gradient: None
             laps(f"{number} backward", backward, gradient)
