@@ -5,6 +5,7 @@ print(found.table())
 """
 
 import copy
+import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -151,7 +152,16 @@ def _tried(name, make, model, inputs, evaluate, batch_sizes, rounds) -> Row:
             gains[size], busy = times.speed_up("it", over=FLOAT), busy or times.busy
         if name == FLOAT:
             gains = {size: measure.Spread(1, 1, 1, rounds) for size in gains}  # by definition
-        return Row(name, float(evaluate(made)), gains, memory.disk_bytes(made), busy)
+        return Row(name, float(evaluate(made)), gains, _disk_bytes(made), busy)
+
+
+def _disk_bytes(model: nn.Module) -> int:
+    """Of the file with its weights; a frozen script's are constants of its code, which counts with them."""
+    if not isinstance(model, torch.jit.ScriptModule):
+        return memory.disk_bytes(model)
+    file = io.BytesIO()
+    torch.jit.save(model, file)
+    return file.tell()
 
 
 def _again(model: nn.Module, x: torch.Tensor, calls: int) -> None:

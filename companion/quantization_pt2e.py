@@ -74,8 +74,18 @@ def exported(
             raise QuantizationError(
                 "nothing was quantized: the graph has no convolution, linear or matrix product"
             )
+    _drop_unused(made)
     made.train, made.eval = MethodType(_as_it_is, made), MethodType(_as_it_is, made)  # else they are errors
     return made
+
+
+def _drop_unused(graph: fx.GraphModule) -> None:
+    """Takes out the float weights that nothing in the graph reads any more."""
+    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    for name, _ in list(graph.named_parameters()):
+        if name not in used:
+            parent, _, own = name.rpartition(".")
+            delattr(graph.get_submodule(parent), own)
 
 
 def _as_it_is(graph: fx.GraphModule, mode: bool = True) -> fx.GraphModule:

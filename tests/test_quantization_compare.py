@@ -12,7 +12,7 @@ from torch import nn
 from companion import launch, measure
 from companion import quantization_compare as compare
 
-FEW = ("float32", "bfloat16", "int8 dynamic", "int8 static")
+FEW = ("float32", "bfloat16", "int8 dynamic", "int8 static", "int8 static, scripted")
 
 
 def crashes(model, data):
@@ -41,6 +41,8 @@ def test_all_kinds_of_rows(trained_lenet, digits, monkeypatch):
         assert rows[name].accuracy > rows["float32"].accuracy - 0.02
         assert set(rows[name].speed_up) == {1, 8}
     assert rows["int8 static"].disk_bytes < rows["bfloat16"].disk_bytes < rows["float32"].disk_bytes
+    weights = sum(p.numel() for p in trained_lenet.parameters())
+    assert all(weights < row.disk_bytes for row in rows.values() if row.disk_bytes), "a byte each at least"
     assert rows["crashes"].reason.startswith("killed by SIGABRT")
     assert rows["hangs"].reason.startswith("time-out: not all ranks returned within 20 s")
     shown = str(found.table())

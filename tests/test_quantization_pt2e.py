@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from companion import data, devices, models, parity, quantization_pt2e, stacks, training
+from companion import data, devices, memory, models, parity, quantization_pt2e, stacks, training
 from companion.quantization import QuantizationError
 
 pytest.importorskip("torchao", reason="needs torchao: pip install 'accelerating-pytorch[compress]'")
@@ -18,6 +18,7 @@ def test_a_graph_of_integers_is_as_accurate(trained_lenet, digits, dynamic):
     part = data.Split(digits.test.images, digits.test.labels)
     plain = training.evaluate(trained_lenet, part)
     made.eval()
+    assert memory.disk_bytes(made) < memory.disk_bytes(trained_lenet) / 2, "float weights are still in it"
     for size in (1, 7, 360):
         with torch.no_grad():
             found = made(part.images[:size])
