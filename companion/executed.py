@@ -33,9 +33,8 @@ def fingerprint(notebook: nbformat.NotebookNode) -> str:
 def _installed() -> list[str]:
     from importlib.metadata import distributions
 
-    folders = [
-        sysconfig.get_path(kind) for kind in ("purelib", "platlib")
-    ]  # setuptools adds some of its own to sys.path
+    # Not what is on sys.path: setuptools adds packages of its own to it.
+    folders = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]
     return sorted({f"{found.name} {found.version}" for found in distributions(path=folders)})
 
 

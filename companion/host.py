@@ -1,6 +1,4 @@
-"""What this process may use of the machine it is on, and what it and others do use: cores, memory, TPU
-chips.
-"""
+"""What this process may use of the machine, and what it and others do use: cores, memory, TPU chips."""
 
 import os
 import time

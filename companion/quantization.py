@@ -1,9 +1,8 @@
 """Fewer bits: quantization in eager mode, on any model. Each function gives a new model, the given one stays.
 
 None gives back a model in which nothing was quantized: that is refused, and so is what its engine cannot run,
-with the layer or the operator and what to do. torch calls eager mode deprecated; it is what the
-2021 book shows. Everything here runs on the CPU, by integer
-kernels.
+with the layer or the operator and what to do. torch calls eager mode deprecated; it is what the 2021 book
+shows. Everything here runs on the CPU, by integer kernels.
 
 Sources: torch's documentation, "Quantization"; Jacob et al. 2018, "Quantization and Training of Neural
 Networks".
@@ -28,7 +27,7 @@ from companion.fusing import fusible
 ENGINES = ("x86", "onednn", "fbgemm", "qnnpack")  # in the order in which "auto" takes them
 DYNAMIC = (nn.Linear, nn.LSTM, nn.GRU)
 OBSERVERS = {"histogram": ao.HistogramObserver, "minmax": ao.MinMaxObserver}
-_WITH_WEIGHTS = re.compile(r"Linear|Conv|LSTM|GRU|Embedding")
+_WITH_WEIGHTS = re.compile(r"Linear|Conv|LSTM|GRU|Embedding|Norm")
 
 
 class QuantizationError(ValueError):
@@ -46,7 +45,7 @@ class Layers:
 
 
 def layers(model: nn.Module) -> Layers:
-    """Which layers of the model compute with integer weights, and which do not."""
+    """Which layers of the model compute in integers, and which do not."""
     quantized: dict[str, str] = {}
     left: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -115,8 +114,9 @@ def dynamic(model: nn.Module, kinds: Sequence[type[nn.Module]] = DYNAMIC, engine
     """Weights of the layers of these `kinds` as int8; activations are quantized as they come, by their own
     range.
 
-    Needs no data. It pays where reading weights takes the time: recurrent networks, transformers, small
-    batches. Raises QuantizationError for an engine that is not here, or a model without such layers.
+    Needs no data. torch's documentation has it for models whose time goes into reading weights: recurrent
+    networks and transformers. Raises QuantizationError for an engine that is not here, or a model without
+    such layers.
     """
     with _engine(engine):
         holder = nn.Module()
@@ -140,9 +140,9 @@ def static(
     """Weights and activations as int8, with scales of activations found on the batches of inputs in
     `calibration`.
 
-    It pays where moving activations takes the time: convolutional networks. `fuse` names the layers that
-    become one, `[["conv1", "relu1"], ...]`; None finds them (`fusible`). `per_channel` gives each output
-    channel a scale of its own.
+    torch's documentation has it for convolutional networks, where activations are moved. `fuse` names the
+    layers that become one, `[["conv1", "relu1"], ...]`; None finds them (`fusible`). `per_channel` gives each
+    output channel a scale of its own.
 
     Raises QuantizationError for an engine that is not here, calibration without a batch, and for operators
     between the layers that take no integers, such as the sum of a residual block.

@@ -8,6 +8,8 @@ import nbformat
 
 from companion import scoreboard, tables
 
+STYLE = "body{font:15px sans-serif;margin:2em} td,th{padding:.2em .8em;text-align:left} .failed{color:#b00}"
+
 
 def page(outcomes: Sequence, folder: Path) -> str:
     """A page that lists the outcomes, with links to the executed notebooks, and the scoreboard of this
@@ -17,16 +19,16 @@ def page(outcomes: Sequence, folder: Path) -> str:
     lines = [_line(outcome, folder) for outcome in sorted(outcomes, key=lambda outcome: outcome.job.name)]
     failed, rows = sum(outcome.error is not None for outcome in outcomes), scoreboard.read(folder)
     busy = sum(bool(row.get("busy")) for row in rows)
-    doubt = (
-        f"<p class='failed'>This machine was busy: {busy} of {len(rows)} rows are not to be trusted.</p>"
-        if busy
-        else ""
-    )
+    said = f"This machine was busy: {busy} of {len(rows)} rows are not to be trusted."
+    doubt = f"<p class='failed'>{said}</p>" if busy else ""
+    ended, measured = tables.Table(head, lines)._repr_html_(), scoreboard.table(rows)._repr_html_()
     return f"""<!doctype html><meta charset="utf-8"><title>Notebooks</title>
-<style>body{{font:15px sans-serif;margin:2em}} td,th{{padding:.2em .8em;text-align:left}}
-.failed{{color:#b00}}</style> <h1>{len(outcomes)} notebooks run, {failed} failed</h1> {
-        tables.Table(head, lines)._repr_html_()
-    } <h2>Measured</h2> {doubt} {scoreboard.table(rows)._repr_html_()}
+<style>{STYLE}</style>
+<h1>{len(outcomes)} notebooks run, {failed} failed</h1>
+{ended}
+<h2>Measured</h2>
+{doubt}
+{measured}
 """
 
 

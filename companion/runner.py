@@ -169,32 +169,25 @@ def execute(
     import papermill
     from nbconvert import HTMLExporter
 
-    output, error, kernel = (
-        folder / f"{job.name or job.notebook.stem}.ipynb",
-        None,
-        kernels.Kernel(variables or {}),
-    )
+    output, error = folder / f"{job.name or job.notebook.stem}.ipynb", None
+    kernel = kernels.Kernel(variables or {})
     before, start = executed.fingerprint(nbformat.read(job.notebook, 4)), time.perf_counter()
+    place = {"metadata": {"path": str(folder)}}  # the kernel's folder; papermill's cwd would move all threads
+    quiet = ["--log-level=ERROR"]  # else each kernel warns on the terminal that 127.0.0.1 is not encrypted
     try:
         papermill.execute_notebook(
             str(job.notebook),
             str(output),
             job.parameters,
-            resources={
-                "metadata": {"path": str(folder)}
-            },  # the kernel's folder; papermill's cwd would move all threads
+            resources=place,
             execution_timeout=cell_seconds,
             progress_bar=bar,
-            extra_arguments=[
-                "--log-level=ERROR"
-            ],  # else each kernel warns on the terminal that 127.0.0.1 is not encrypted
+            extra_arguments=quiet,
             **kernel.options(),
         )
     except Exception as failure:  # whatever ends a notebook is its outcome; the others go on
-        name, text = (
-            getattr(failure, "ename", type(failure).__name__),
-            getattr(failure, "evalue", str(failure)),
-        )
+        name = getattr(failure, "ename", type(failure).__name__)
+        text = getattr(failure, "evalue", str(failure))
         error = f"{name}: {text.strip().splitlines()[0] if text.strip() else 'without a message'}"
     outcome = Outcome(job, error, time.perf_counter() - start, kernel.most_cpu_seconds)
     if output.exists():

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from companion import data
+
 FOLDER = Path(__file__).parent / "mutations"
 
 
@@ -47,3 +49,14 @@ def cell(notebook: str, mutation: str) -> str:
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import mutating
 mutating.mutations({notebook!r})[{mutation!r}](__main__)"""
+
+
+def labels_one_late() -> None:
+    """From now on each image of a batch has the label of the one before."""
+    plain = data.Batches.__iter__
+
+    def wrong(self):
+        for images, labels in plain(self):
+            yield images, labels.roll(1)
+
+    data.Batches.__iter__ = wrong

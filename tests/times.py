@@ -38,9 +38,8 @@ def within_budget(notebook: str, kind: str, cpu_seconds: float) -> None:
 
 
 def pytest_runtest_logreport(report) -> None:
-    if (
-        report.when == "call" and "PYTEST_XDIST_WORKER" not in os.environ
-    ):  # once, where all reports come together
+    # Once, where all reports come together.
+    if report.when == "call" and "PYTEST_XDIST_WORKER" not in os.environ:
         add("test", report.nodeid, report.duration)
 
 
