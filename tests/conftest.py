@@ -31,6 +31,7 @@ def digits() -> data.Splits:
 @pytest.fixture(scope="session")
 def trained_lenet(digits) -> torch.nn.Module:
     """LeNet5 that reads digits, in eval mode; nobody may change it."""
+    torch.set_num_threads(1)  # made before a test's own fixtures; other threads would give other weights
     training.seed_everything(0)
     model = models.LeNet5()
     recipe = training.Recipe(epochs=12, batch_size=64, learning_rate=8e-3)
