@@ -4,6 +4,7 @@ import importlib
 
 MODULES = (
     "checkpoint",
+    "checks",
     "collectives",
     "data",
     "data_parallel",
@@ -39,6 +40,7 @@ MODULES = (
     "stored",
     "tables",
     "tpu",
+    "tradeoffs",
     "training",
     "xla_counts",
     "xla_diagnosis",

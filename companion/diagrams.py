@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from companion.figures import COLOURS, panels_of, styled
@@ -25,9 +26,6 @@ def batch_split(
             left + width / 2, bottom + height / 2, text, ha="center", va="center", color="white", fontsize=9
         )
 
-    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
-        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "grey"})
-
     def size(shape: Sequence[int]) -> str:
         return " x ".join(map(str, shape))
 
@@ -45,9 +43,43 @@ def batch_split(
             colour,
             f"{name}\n{size(given)}  \u2192  {size(output)}",
         )
-        arrow((1.7, middle), (2.6, middle))
-        arrow((7.4, middle), (8.3, middle))
+        _arrow(axis, (1.7, middle), (2.6, middle))
+        _arrow(axis, (7.4, middle), (8.3, middle))
         top -= height
     for place, word in ((2.15, "scatter"), (5, "replicate, forward"), (7.85, "gather")):
         axis.text(place, 1, word, ha="center", va="bottom", fontsize=9)
     return drawn
+
+
+@styled
+def lanes(rows: dict[str, Sequence[tuple[str, str]]], back: dict[str, str] | None = None) -> Figure:
+    """What becomes of something step by step, a row for each way: name -> (kind, text) of each box.
+
+    A kind has one colour in all rows, which the legend explains. `back` has the text of an arrow from a row's
+    end to its beginning, such as a gradient's.
+    """
+    drawn, (axis,) = panels_of(1, 10, 0.5 + 1.0 * len(rows))
+    kinds = list(dict.fromkeys(kind for boxes in rows.values() for kind, _ in boxes))
+    colours = dict(zip(kinds, COLOURS, strict=False))
+    columns = max(map(len, rows.values()))
+    axis.axis("off")
+    axis.set(xlim=(-0.02, columns), ylim=(len(rows) - 0.35, -0.55))
+    for row, (name, boxes) in enumerate(rows.items()):
+        axis.text(0, row - 0.36, name, va="bottom", fontsize=10, fontweight="bold")
+        for column, (kind, text) in enumerate(boxes):
+            axis.add_patch(plt.Rectangle((column, row - 0.3), 0.82, 0.6, color=colours[kind]))
+            axis.text(column + 0.41, row, text, ha="center", va="center", color="white", fontsize=8.5)
+            if column:
+                _arrow(axis, (column - 0.18, row), (column, row))
+        if back and name in back:
+            last = len(boxes) - 1
+            bent = {"arrowstyle": "->", "color": "grey", "connectionstyle": "bar,fraction=-0.04"}
+            axis.annotate("", (0.41, row + 0.3), (last + 0.41, row + 0.3), arrowprops=bent)
+            axis.text(0.41 + last / 2, row + 0.45, back[name], ha="center", va="top", fontsize=8.5)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[kind]) for kind in kinds]
+    drawn.legend(handles, kinds, loc="outside upper center", ncols=len(kinds), fontsize=9)
+    return drawn
+
+
+def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "grey"})

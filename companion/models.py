@@ -86,6 +86,49 @@ class AlexNet(nn.Module):
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
 
+class LSTMClassifier(nn.Module):
+    """An LSTM that reads sequences `[N, steps, features]` and gives logits `[N, classes]` of the last step.
+
+    Source: Hochreiter and Schmidhuber 1997.
+    """
+
+    def __init__(self, features: int, hidden: int = 512, layers: int = 2, classes: int = 10):
+        super().__init__()
+        self.lstm = nn.LSTM(features, hidden, layers, batch_first=True)
+        self.head = nn.Linear(hidden, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class EncoderClassifier(nn.Module):
+    """A transformer encoder over sequences `[N, steps, features]`, giving logits `[N, classes]` of the mean.
+
+    Each step has a learned position. Source: Vaswani et al. 2017, with the normalisation first.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        steps: int,
+        width: int = 768,
+        layers: int = 6,
+        heads: int = 8,
+        classes: int = 10,
+    ):
+        super().__init__()
+        self.embed = nn.Linear(features, width)
+        self.position = nn.Parameter(0.02 * torch.randn(steps, width))
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.embed(x) + self.position).mean(1))
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {"lenet5": LeNet5, "resnet18": resnet18, "alexnet": AlexNet}
 
 

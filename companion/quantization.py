@@ -22,7 +22,7 @@ from torch import nn
 from torch.ao import quantization as ao
 
 from companion import checkpoint
-from companion.fusing import fusible
+from companion.fusing import fused, fusible
 
 ENGINES = ("x86", "onednn", "fbgemm", "qnnpack")  # in the order in which "auto" takes them
 DYNAMIC = (nn.Linear, nn.LSTM, nn.GRU)
@@ -201,8 +201,10 @@ def _with_stubs(
     names = dict(made.named_modules())
     if unknown := [name for group in fuse for name in group if name not in names]:
         raise QuantizationError(f"fuse names {', '.join(map(repr, unknown))}, which the model does not have")
-    if fuse:
-        made = fuser(made, [list(group) for group in fuse])
+    try:
+        made = fused(made, fuse, fuser)
+    except (AssertionError, NotImplementedError) as error:  # of torch's fuser, for layers that it has not
+        raise QuantizationError(f"fuse={fuse}: {error}") from error
     return (
         made if any(isinstance(module, ao.QuantStub) for module in made.modules()) else ao.QuantWrapper(made)
     )

@@ -14,6 +14,17 @@ def test_models_give_logits_of_the_right_shape(name, size, count):
     assert count is None or memory.parameters(model) == count
 
 
+@pytest.mark.parametrize(
+    "model", [models.LSTMClassifier(4, 8), models.EncoderClassifier(4, 6, width=16, layers=2, heads=2)]
+)
+def test_models_of_sequences_read_all_of_their_steps(model):
+    model, x = model.eval(), torch.randn(3, 6, 4, requires_grad=True)
+    logits = model(x)
+    assert logits.shape == (3, 10)
+    logits.sum().backward()
+    assert (x.grad.abs().sum((0, 2)) > 0).all()
+
+
 def test_lenet5_has_the_books_configurable_layers():
     model = models.create("lenet5", nodes_1=32, nodes_2=16, classes=7)
     assert [tuple(layer.weight.shape) for layer in (model.fc1, model.fc2, model.fc3)] == [

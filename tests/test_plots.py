@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from companion import measure, pictures, plots, training
+from companion import diagrams, measure, pictures, plots, tradeoffs, training
 
 HISTORY = training.History([2.0, 1.0], [1.5, 0.9], [0.5, 0.8], [0.1, 0.1], [1.0, 1.0], [10, 10])
 
@@ -37,6 +37,18 @@ def figures(digits):
         ),
         "difference": plots.difference({"a": [0.0, 1e-7, 1e-3]}, "step", "apart", {"allowed": 1e-2}),
         "equal": plots.difference({"a": [0.0, 0.0]}, "step", "apart", {"allowed": 1e-2}),
+        "lanes": diagrams.lanes(
+            {"a": [("float", "in"), ("int8", "out")], "b": [("float", "in")]}, back={"a": "gradient"}
+        ),
+        "pareto": tradeoffs.pareto(
+            {"float": 0.9, "int8": 0.89},
+            {"speed-up": {"float": 1.0, "int8": measure.Spread(2.0, 1.5, 3.0, 7)}, "KiB": {"int8": 70}},
+            log=["KiB"],
+        ),
+        "accuracies": tradeoffs.accuracies(
+            {"a": ([2, 4], [0.5, measure.Spread(0.9, 0.8, 1.0, 5)])}, "bits", {"float": 0.95}, ticks=[2, 4]
+        ),
+        "histograms": tradeoffs.histograms({"float": torch.randn(99), "int8": torch.ones(9)}, "weight"),
         "spread": plots.bars({"speed-up": {"a": measure.Spread(2.0, 1.5, 3.0, 7), "b": 1.0}}),
         "bars": plots.bars({"size (MiB)": {"a": 1.0, "b": 20.0}, "error": {"a": 1e-7}}, log=("error",)),
         "ladder": plots.ladder({"plain": (1000.0, 0.9), "fast": (4000.0, 0.8)}, ["plain"], {"limit": 5000.0}),
@@ -56,7 +68,7 @@ def test_each_figure_draws_and_is_shown_by_nobody_else(figures):
 
 
 def test_axes_have_labels(figures):
-    for name in figures.keys() - {"images", "guesses"}:
+    for name in figures.keys() - {"images", "guesses", "lanes"}:  # a drawing has no axes
         assert all(axis.get_xlabel() for axis in figures[name].axes), name
 
 
@@ -79,3 +91,8 @@ def test_spans_that_overlap_are_drawn_beside_each_other():
     assert [round(1e-3 * (row.x1 - row.x0), 3) for row in rows] == [0.02, 0.02, 0.02]
     assert rows[0].y1 <= rows[1].y0, "the second begins before the first has ended: below it"
     assert rows[0].y0 == rows[2].y0, "the third finds the first one's place free"
+
+
+def test_the_front_has_what_nothing_else_beats():
+    points = {"slow": (1, 0.9), "worse": (1, 0.8), "fast": (3, 0.7), "same": (1, 0.9), "beaten": (2, 0.6)}
+    assert tradeoffs.front(points) == ["slow", "same", "fast"]

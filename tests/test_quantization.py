@@ -71,6 +71,32 @@ def test_each_engine_and_kind_of_scale(trained_lenet, digits, engine, per_channe
     assert scheme == (torch.per_channel_affine if per_channel else torch.per_tensor_affine)
 
 
+def test_a_relu_that_several_layers_share_becomes_part_of_each(trained_lenet, digits):
+    groups = [["conv1", "relu"], ["conv2", "relu"], ["fc1", "relu"], ["fc2", "relu"]]
+    assert not any(isinstance(module, nn.Identity) for module in trained_lenet.modules())
+    made = quantization.static(trained_lenet, batches(digits, 1))
+    kinds = quantization.layers(made).quantized
+    assert list(kinds.values()) == ["ConvReLU2d", "ConvReLU2d", "LinearReLU", "LinearReLU", "Linear"]
+    assert isinstance(made.module.relu, nn.Identity)
+    assert fusing.fusible(trained_lenet) == groups
+    # Here one use follows a sum: the ReLU must stay for it, and so for all.
+    residual = models.resnet18().layer1[0]
+    assert fusing.fusible(residual) == [["conv1", "bn1"], ["conv2", "bn2"]]
+    seen_once = nn.Sequential(nn.Linear(4, 4), shared := nn.ReLU(), nn.Linear(4, 4), shared)
+    assert fusing.fusible(seen_once) == [["0", "1"], ["2", "1"]]
+    with torch.no_grad():
+        x = torch.randn(64, 4)
+        found = quantization.static(seen_once, [x], engine="auto")(x)
+        assert (found - seen_once(x)).abs().max() < 0.1
+
+
+def test_a_group_that_does_not_fit_is_refused(trained_lenet, digits):
+    model = copy.deepcopy(trained_lenet)
+    model.pool = nn.Identity()
+    with pytest.raises(QuantizationError, match=r"conv1.*Identity"):
+        quantization.static(model, batches(digits, 1), fuse=[["conv1", "pool"]])
+
+
 def test_layers_that_follow_each_other_become_one(digits):
     net = network()
     assert fusing.fusible(net) == [["0", "1", "2"], ["3", "4"], ["7", "8"]]
@@ -90,8 +116,16 @@ def test_layers_that_follow_each_other_become_one(digits):
             assert (model(digits.test.images) - expected).norm() / expected.norm() < 0.1
 
 
-def test_a_module_that_is_used_twice_is_not_fused(trained_lenet):
-    assert fusing.fusible(trained_lenet) == []  # one ReLU serves all layers
+def test_a_layer_that_is_used_twice_is_not_fused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.relu = nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x):
+            return self.linear(self.relu(self.linear(x)))
+
+    assert fusing.fusible(Twice()) == []
 
 
 def test_what_cannot_be_traced_is_fused_where_it_is_plain_to_see():

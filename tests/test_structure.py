@@ -23,6 +23,7 @@ GROUND = {
     "memory": (),
     "parity": (),
     "checkpoint": (),
+    "checks": (),
     "datasets": (),
     "schedules": (),
     "devices": ("host", "stacks"),
@@ -37,6 +38,7 @@ GROUND = {
     "figures": ("measure",),
     "pictures": ("datasets", "figures"),
     "plots": ("figures", "measure", "tables", "training"),
+    "tradeoffs": ("figures", "measure"),
     "diagrams": ("figures",),
 }
 TECHNIQUES = {
