@@ -1,7 +1,7 @@
 """Which variant of fewer bits pays here: each tried in a process of its own, in turn with float32.
 
 found = quantization_compare.compare(model, images, accuracy)  # accuracy(model): from 0 to 1
-print(found.table())
+print(found.table()); found.figure(batch_size=64)
 """
 
 import copy
@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
-from companion import launch, measure, memory, quantization, tables
+from companion import launch, measure, memory, quantization, tables, tradeoffs
+from companion import quantization_peers as peers
 from companion import quantization_pt2e as pt2e
 
 FLOAT = "float32"
@@ -47,6 +49,17 @@ class Comparison:
             return row.name, *[""] * (len(sizes) + 2), row.reason
         gains = (f"{row.speed_up[size]:.2f}x {measure.verdict(row.speed_up[size])}" for size in sizes)
         return row.name, f"{row.accuracy:.2%}", *gains, f"{row.disk_bytes / 1024:,.1f}", row.busy or ""
+
+    def figure(self, batch_size: int) -> Figure:
+        """Accuracy against the speed-up at this batch size, and against how many times smaller files are."""
+        rows = {row.name: row for row in self.rows if not row.reason}
+        gains = {
+            f"speed-up over {FLOAT}, batch {batch_size}": {
+                name: row.speed_up[batch_size] for name, row in rows.items()
+            },
+            "times smaller": {name: self.rows[0].disk_bytes / row.disk_bytes for name, row in rows.items()},
+        }
+        return tradeoffs.pareto({name: row.accuracy for name, row in rows.items()}, gains)
 
     def best(self, batch_size: int, budget: float = 0.005) -> Row:
         """The fastest variant at this batch size whose accuracy is at most `budget` (0.005: half a point)
@@ -89,6 +102,10 @@ VARIANTS: dict[str, Maker] = {
     "int8 static, scripted": lambda model, data: _scripted(quantization.static(model, data)),
     "int8 PT2E, compiled": lambda model, data: pt2e.compiled(pt2e.exported(model, data)),
     "int8 torchao, dynamic": lambda model, data: pt2e.weights(model, "int8_dynamic"),
+    "ONNX Runtime, float32": lambda model, data: peers.onnx_runtime(model, data, int8=False),
+    "ONNX Runtime, int8 static": lambda model, data: peers.onnx_runtime(model, data),
+    "OpenVINO, float32": lambda model, data: peers.openvino(model, data, int8=False),
+    "OpenVINO, int8 static": lambda model, data: peers.openvino(model, data),
 }
 
 
@@ -157,6 +174,8 @@ def _tried(name, make, model, inputs, evaluate, batch_sizes, rounds) -> Row:
 
 def _disk_bytes(model: nn.Module) -> int:
     """Of the file with its weights; a frozen script's are constants of its code, which counts with them."""
+    if isinstance(model, peers.Runtime):
+        return model.disk_bytes
     if not isinstance(model, torch.jit.ScriptModule):
         return memory.disk_bytes(model)
     file = io.BytesIO()

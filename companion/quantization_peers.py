@@ -9,7 +9,7 @@ import copy
 import importlib
 import io
 import logging
-import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -132,9 +132,9 @@ def openvino(model: nn.Module, calibration: Sequence[torch.Tensor], *, int8: boo
     """The model in OpenVINO on as many threads as torch uses; `int8`: static, by nncf.
 
     `calibration` are batches of inputs. Raises QuantizationError for a model that cannot be converted,
-    ImportError without openvino (and for int8 without nncf). Neither may send statistics of its use.
+    ImportError without openvino (and for int8 without nncf). Neither sends statistics of its use.
     """
-    os.environ["NNCF_CI"] = "1"  # else nncf sends statistics of its use to its makers
+    sys.modules.setdefault("openvino_telemetry", None)  # as if it were not there: nothing is sent to anybody
     ov = _needed("openvino")
     model, example = copy.deepcopy(model).eval(), calibration[0]
     try:

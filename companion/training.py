@@ -277,7 +277,8 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 1000) -> Evaluati
     """The model's loss, accuracy and logits over a split, on the device the model is on; its train or eval
     mode is kept.
     """
-    device, was_training = next(model.parameters()).device, model.training
+    held, was_training = [*model.parameters(), *model.buffers()], model.training
+    device = held[0].device if held else torch.device("cpu")  # a quantized model may hold neither
     model.eval()
     logits = torch.cat([model(images.to(device)).float().cpu() for images in split.images.split(batch_size)])
     model.train(was_training)
