@@ -30,6 +30,7 @@ MODULES = (
     "plots",
     "quantization",
     "quantization_compare",
+    "quantization_errors",
     "quantization_peers",
     "quantization_pt2e",
     "report",

@@ -86,8 +86,15 @@ class In(nn.Module):
         return self.model(x.to(self.dtype, memory_format=self.layout)).float()
 
 
-def _scripted(model: nn.Module) -> nn.Module:
-    return torch.jit.freeze(torch.jit.script(model.eval()))
+class Scripted(nn.Module):
+    """A model as a frozen script, which has no modes and would not be told of any."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.script = (torch.jit.freeze(torch.jit.script(model.eval())),)  # a tuple: not part of this module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.script[0](x)
 
 
 Maker = Callable[[nn.Module, list[torch.Tensor]], nn.Module]
@@ -99,7 +106,7 @@ VARIANTS: dict[str, Maker] = {
     "bfloat16, channels_last": lambda model, data: _channels_last(model, data),
     "int8 dynamic": lambda model, data: quantization.dynamic(model),
     "int8 static": lambda model, data: quantization.static(model, data),
-    "int8 static, scripted": lambda model, data: _scripted(quantization.static(model, data)),
+    "int8 static, scripted": lambda model, data: Scripted(quantization.static(model, data)),
     "int8 PT2E, compiled": lambda model, data: pt2e.compiled(pt2e.exported(model, data)),
     "int8 torchao, dynamic": lambda model, data: pt2e.weights(model, "int8_dynamic"),
     "ONNX Runtime, float32": lambda model, data: peers.onnx_runtime(model, data, int8=False),
@@ -176,10 +183,10 @@ def _disk_bytes(model: nn.Module) -> int:
     """Of the file with its weights; a frozen script's are constants of its code, which counts with them."""
     if isinstance(model, peers.Runtime):
         return model.disk_bytes
-    if not isinstance(model, torch.jit.ScriptModule):
+    if not isinstance(model, Scripted):
         return memory.disk_bytes(model)
     file = io.BytesIO()
-    torch.jit.save(model, file)
+    torch.jit.save(model.script[0], file)
     return file.tell()
 
 

@@ -58,7 +58,7 @@ def test_the_stacks_are_those_that_fit_together():
     ("stack", "absent"), [(REFERENCE, set()), (NEWEST, {"xla", "preflight"})], ids=["reference", "newest"]
 )
 def test_every_requirement_is_pinned_within_its_bounds(stack, absent):
-    assert set(EXTRAS) == {"xla", "tune", "compress", "preflight", "notebooks", "dev"}
+    assert set(EXTRAS) == {"xla", "tune", "compress", "peers", "preflight", "notebooks", "dev"}
     extras = [
         requirement for extra, needed in EXTRAS.items() if extra not in absent for requirement in needed
     ]
@@ -94,12 +94,15 @@ def test_conda_names_the_same_stack():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     python, pip, packages = environment["dependencies"]
     assert pip == "pip"
-    assert packages["pip"] == ["--constraint constraints.txt", "--editable .[notebooks,dev,compress,xla]"]
+    assert packages["pip"] == [
+        "--constraint constraints.txt",
+        "--editable .[notebooks,dev,compress,peers,xla]",
+    ]
     assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(
         python.removeprefix("python=")
     )
     assert environment["name"] == PROJECT["name"]
-    assert "    wanted='.[notebooks,dev,compress,xla]'" in (ROOT / "setup.sh").read_text()
+    assert "    wanted='.[notebooks,dev,compress,peers,xla]'" in (ROOT / "setup.sh").read_text()
 
 
 def test_binder_names_the_same_stack_for_cpu():

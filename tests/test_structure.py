@@ -56,6 +56,7 @@ TECHNIQUES = {
     "low_bits": (),
     "quantization": ("fusing",),
     "quantization_pt2e": ("quantization",),
+    "quantization_errors": ("quantization",),
     "quantization_peers": ("quantization",),
     "quantization_compare": ("quantization", "quantization_peers", "quantization_pt2e"),
     "pruning": (),
