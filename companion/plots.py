@@ -145,6 +145,17 @@ def against_theory(
 
 
 @styled
+def lines(x: Sequence[float], curves: dict[str, Sequence[float]], xlabel: str, ylabel: str) -> Figure:
+    """Functions of the same x, one line each."""
+    drawn, (axis,) = panels_of(1, 8, 3.2)
+    for (name, values), colour in zip(curves.items(), COLOURS, strict=False):
+        axis.plot(x, values, color=colour, label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    drawn.legend(loc="outside upper center", ncols=len(curves), fontsize=9)
+    return drawn
+
+
+@styled
 def difference(
     series: dict[str, Sequence[float]], xlabel: str, ylabel: str, allowed: dict[str, float]
 ) -> Figure:

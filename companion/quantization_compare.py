@@ -39,6 +39,10 @@ class Comparison:
 
     rows: tuple[Row, ...]
 
+    def __getitem__(self, name: str) -> Row:
+        """The row of one variant; KeyError if it was not tried."""
+        return {row.name: row for row in self.rows}[name]
+
     def table(self) -> tables.Table:
         sizes = list(self.rows[0].speed_up)
         head = ("variant", "accuracy", *(f"speed-up, batch {size}" for size in sizes), "KiB", "remark")
@@ -50,8 +54,11 @@ class Comparison:
         gains = (f"{row.speed_up[size]:.2f}x {measure.verdict(row.speed_up[size])}" for size in sizes)
         return row.name, f"{row.accuracy:.2%}", *gains, f"{row.disk_bytes / 1024:,.1f}", row.busy or ""
 
-    def figure(self, batch_size: int) -> Figure:
-        """Accuracy against the speed-up at this batch size, and against how many times smaller files are."""
+    def figure(self, batch_size: int, noise: float = 0.0) -> Figure:
+        """Accuracy against the speed-up at this batch size, and against how many times smaller files are.
+
+        `noise` is what accuracies vary by chance, from 0 to 1: drawn as a band about float32's.
+        """
         rows = {row.name: row for row in self.rows if not row.reason}
         gains = {
             f"speed-up over {FLOAT}, batch {batch_size}": {
@@ -59,7 +66,7 @@ class Comparison:
             },
             "times smaller": {name: self.rows[0].disk_bytes / row.disk_bytes for name, row in rows.items()},
         }
-        return tradeoffs.pareto({name: row.accuracy for name, row in rows.items()}, gains)
+        return tradeoffs.pareto({name: row.accuracy for name, row in rows.items()}, gains, noise=noise)
 
     def best(self, batch_size: int, budget: float = 0.005) -> Row:
         """The fastest variant at this batch size whose accuracy is at most `budget` (0.005: half a point)
@@ -105,7 +112,9 @@ VARIANTS: dict[str, Maker] = {
     "bfloat16": lambda model, data: In(quantization.cast(model, torch.bfloat16), torch.bfloat16),
     "bfloat16, channels_last": lambda model, data: _channels_last(model, data),
     "int8 dynamic": lambda model, data: quantization.dynamic(model),
+    "int8 dynamic, onednn": lambda model, data: quantization.dynamic(model, engine="onednn"),
     "int8 static": lambda model, data: quantization.static(model, data),
+    "int8 static, onednn": lambda model, data: quantization.static(model, data, engine="onednn"),
     "int8 static, scripted": lambda model, data: Scripted(quantization.static(model, data)),
     "int8 PT2E, compiled": lambda model, data: pt2e.compiled(pt2e.exported(model, data)),
     "int8 torchao, dynamic": lambda model, data: pt2e.weights(model, "int8_dynamic"),
@@ -132,22 +141,26 @@ def compare(
     rounds: int = 15,
     limit_seconds: float = 300.0,
     variants: dict[str, Maker] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Comparison:
     """Tries every variant on `inputs` `[N, ...]` of float32, which are the calibration data too.
 
     `evaluate(model)` gives the accuracy from 0 to 1 of a model that takes and gives float32; it runs in the
     variant's process. What cannot be made, crashes or takes more than `limit_seconds` is a row with its
     reason. `variants` adds ways of your own to `VARIANTS`: name -> function of the model and the batches of
-    calibration data.
+    calibration data. `names` are those to try, float32 in any case; None is all.
 
-    Raises ValueError for inputs that are fewer than the largest batch, or not float32.
+    Raises ValueError for inputs that are fewer than the largest batch, or not float32, and for unknown names.
     """
     if len(inputs) < max(batch_sizes) or inputs.dtype != torch.float32:
         raise ValueError(
             f"inputs {tuple(inputs.shape)} of {inputs.dtype}: give {max(batch_sizes)} or more, of float32"
         )
     model, own, rows = copy.deepcopy(model).eval(), variants or {}, []
-    for name in VARIANTS | own:
+    there = [*(VARIANTS | own)]
+    if unknown := set(names or ()) - set(there):
+        raise ValueError(f"unknown variants {sorted(unknown)}: use some of {', '.join(there)}")
+    for name in [name for name in there if names is None or name == FLOAT or name in names]:
         try:
             given = (name, own.get(name), model, inputs, evaluate, tuple(batch_sizes), rounds)
             options = {"device": "cpu", "backend": None, "threads": threads, "limit_seconds": limit_seconds}

@@ -154,7 +154,7 @@ def weights(model: nn.Module, kind: str = "int8_dynamic") -> nn.Module:
     "int4_weights" store integers and compute in floats: for memory, and where reading weights takes the time.
 
     Raises QuantizationError for another kind, one that this torchao has not for the CPU, or without linear
-    layers that it can take (int4 wants inputs in multiples of 32); ImportError without torchao.
+    layers that it can take (int4: inputs in multiples of 32, outputs of 16); ImportError without torchao.
     """
     if kind not in KINDS:
         raise QuantizationError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
@@ -169,13 +169,21 @@ def weights(model: nn.Module, kind: str = "int8_dynamic") -> nn.Module:
         warnings.simplefilter("ignore")  # versions of its settings that torchao will drop
         torchao.quantize_(made, _setting(kind)(torchao), _takes(kind))
     if not any(type(made.get_submodule(name).weight.data) is not torch.Tensor for name in before):
-        raise QuantizationError("nothing was quantized: no linear layer has inputs in multiples of 32")
+        raise QuantizationError(
+            "nothing was quantized: no linear layer has inputs in multiples of 32 and outputs of 16"
+        )
     return made
 
 
 def _takes(kind: str) -> Callable[[nn.Module, str], bool]:
-    multiple = 32 if kind == "int4_weights" else 1
-    return lambda module, name: isinstance(module, nn.Linear) and module.in_features % multiple == 0
+    """Which layers: the CPU's int4 kernel takes inputs in multiples of 32 and outputs in multiples of 16."""
+    columns, rows = (32, 16) if kind == "int4_weights" else (1, 1)
+
+    def takes(module: nn.Module, name: str) -> bool:
+        linear = isinstance(module, nn.Linear)
+        return linear and module.in_features % columns == 0 and module.out_features % rows == 0
+
+    return takes
 
 
 def _setting(kind: str) -> Callable[[ModuleType], object]:

@@ -12,11 +12,12 @@ class Stack:
     name: str
     constraints: str  # the file that pins it
     has_torch_xla: bool  # torch_xla's last release needs exactly torch 2.9; torch_tpu takes its place
+    torchao: str  # the releases that work with its torch
 
 
 TABLE = {
-    (2, 9): Stack("reference", "constraints.txt", has_torch_xla=True),
-    (2, 15): Stack("newest", "constraints-newest.txt", has_torch_xla=False),
+    (2, 9): Stack("reference", "constraints.txt", has_torch_xla=True, torchao="0.15.*"),
+    (2, 15): Stack("newest", "constraints-newest.txt", has_torch_xla=False, torchao="0.18.*"),
 }
 
 

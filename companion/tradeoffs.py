@@ -12,12 +12,15 @@ from companion.measure import Spread
 
 @styled
 def pareto(
-    accuracy: dict[str, float], gains: dict[str, dict[str, float | Spread]], log: Sequence[str] = ()
+    accuracy: dict[str, float],
+    gains: dict[str, dict[str, float | Spread]],
+    log: Sequence[str] = (),
+    noise: float = 0.0,
 ) -> Figure:
     """Accuracy, from 0 to 1, against each gain (more is better), a panel each: title -> name -> value.
 
     The line joins those that nothing else beats in both. Points have numbers, which a list explains: names
-    would lie on each other.
+    would lie on each other. The grey band is `noise`, such as two standard errors, about the first accuracy.
     """
     names = list(accuracy)
     drawn, panels = panels_of(len(gains), 10, 3.2 + 0.07 * len(names))
@@ -33,6 +36,7 @@ def pareto(
             linewidth=1,
             zorder=1,
         )
+        _band(axis, accuracy[names[0]], noise)
         axis.set(xlabel=title, xscale="log" if title in log else "linear")
         axis.margins(0.12)
     panels[0].set(ylabel="accuracy (%)")
@@ -59,6 +63,11 @@ def _point(axis: Axes, value: float | Spread, height: float, number: int) -> Non
     axis.annotate(str(number), (middle(value), height), (4, 4), textcoords="offset points", fontsize=9)
 
 
+def _band(axis: Axes, level: float, noise: float) -> None:
+    if noise:
+        axis.axhspan(100 * (level - noise), 100 * (level + noise), color="0.93", zorder=0)
+
+
 @styled
 def accuracies(
     curves: dict[str, tuple[Sequence[float], Sequence[float | Spread]]],
@@ -67,10 +76,12 @@ def accuracies(
     log: bool = False,
     ticks: Sequence[float] | None = None,
     dashed: Sequence[str] = (),
+    noise: float = 0.0,
 ) -> Figure:
     """Accuracy, from 0 to 1, against something: name -> (x, accuracies); `levels` are named accuracies.
 
     Accuracies with a spread have whiskers. `dashed` names the curves of what is only there to compare with.
+    The grey bands are `noise`, such as two standard errors, about the levels.
     """
     drawn, (axis,) = panels_of(1, 8, 3.4 + 0.12 * len(curves))
     for (name, (x, values)), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
@@ -81,6 +92,7 @@ def accuracies(
                 axis.vlines(at, 100 * value.low, 100 * value.high, color=colour, linewidth=1.2)
     for name, level in (levels or {}).items():
         axis.axhline(100 * level, color="black", linewidth=0.8, linestyle=":")
+        _band(axis, level, noise)
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         axis.annotate(name, (1, 100 * level), (4, 0), va="center", fontsize=9, **place)
     axis.set(xlabel=xlabel, ylabel="accuracy (%)")
@@ -100,7 +112,7 @@ def histograms(weights: dict[str, torch.Tensor], xlabel: str, bins: int = 201) -
     With so many bins the few values that integers can have are seen apart from each other.
     """
     drawn, panels = panels_of(len(weights), 10, 2.8)
-    reach = max(float(tensor.abs().max()) for tensor in weights.values())
+    reach = max(float(tensor.detach().abs().max()) for tensor in weights.values())
     for axis, (name, tensor), colour in zip(panels, weights.items(), COLOURS * len(weights), strict=False):
         counts = torch.histc(tensor.detach().float().flatten(), bins, -reach, reach)  # [bins]
         axis.bar(torch.linspace(-reach, reach, bins).numpy(), counts.numpy(), 2 * reach / bins, color=colour)

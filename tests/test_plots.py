@@ -37,6 +37,7 @@ def figures(digits):
         ),
         "difference": plots.difference({"a": [0.0, 1e-7, 1e-3]}, "step", "apart", {"allowed": 1e-2}),
         "equal": plots.difference({"a": [0.0, 0.0]}, "step", "apart", {"allowed": 1e-2}),
+        "lines": plots.lines([1, 2], {"a": [1, 2], "b": [2, 1]}, "x", "y"),
         "lanes": diagrams.lanes(
             {"a": [("float", "in"), ("int8", "out")], "b": [("float", "in")]}, back={"a": "gradient"}
         ),

@@ -47,6 +47,8 @@ def test_the_stacks_are_those_that_fit_together():
         "0.29.2",
         "0.18.0",
     ]
+    for stack in (REFERENCE, NEWEST):
+        assert pinned("torchao", stack).startswith(stack.torchao.removesuffix("*"))
     assert not pins("torch_xla", NEWEST)
     makefile = (ROOT / "Makefile").read_text()
     assert re.findall(r"^CONSTRAINTS\.(\w+) := (.+)$", makefile, re.MULTILINE) == [
@@ -114,7 +116,7 @@ def test_binder_names_the_same_stack_for_cpu():
     assert "--constraint ../constraints.txt" in lines
     assert f"torch=={pinned('torch')}+cpu" in lines
     assert f"torchvision=={pinned('torchvision')}+cpu" in lines
-    assert lines[-1] == ".[notebooks]"
+    assert lines[-1] == ".[notebooks,compress]"
     python = (ROOT / "binder/runtime.txt").read_text().strip().removeprefix("python-")
     assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(python)
 

@@ -35,6 +35,8 @@ def test_all_kinds_of_rows(trained_lenet, digits, monkeypatch):
         trained_lenet, images[:64], accuracy, batch_sizes=(1, 8), rounds=5, limit_seconds=20, variants=own
     )
     rows = {row.name: row for row in found.rows}
+    assert found["int8 static"] is rows["int8 static"]
+    assert len(found.figure(8).axes) == 2
     assert list(rows) == [*FEW, "crashes", "hangs"]
     for name in FEW:
         assert rows[name].reason is None, rows[name]
@@ -68,6 +70,15 @@ def test_the_best_is_the_fastest_within_the_budget_for_sure():
     assert found.best(1).name == "a"
     assert found.best(1, budget=0.1).name == "b"
     assert compare.Comparison((first, row("a", 0.95, 0.9))).best(1) is first
+
+
+def test_only_the_named_variants_are_tried():
+    found = compare.compare(
+        nn.Linear(4, 2), torch.randn(64, 4), lambda model: 1.0, rounds=1, names=["int8 dynamic"]
+    )
+    assert [row.name for row in found.rows] == ["float32", "int8 dynamic"]
+    with pytest.raises(ValueError, match=r"unknown variants \['int7'\]"):
+        compare.compare(nn.Linear(4, 2), torch.randn(64, 4), len, names=["int7"])
 
 
 @pytest.mark.parametrize("inputs", [torch.ones(3, 4), torch.ones(64, 4).double()])

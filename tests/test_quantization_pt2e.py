@@ -51,7 +51,8 @@ def test_compiled_it_computes_the_same_and_leaves_its_input(trained_lenet, digit
 @pytest.mark.parametrize("kind", quantization_pt2e.KINDS)
 def test_weights_of_few_bits(kind):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32)).eval(), torch.randn(4, 64)
+    layers = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32), nn.Linear(32, 10)]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(4, 64)
     if kind == "int4_weights" and not stacks.current().has_torch_xla:
         with pytest.raises(QuantizationError, match="has no int4 weights for the CPU"):
             quantization_pt2e.weights(model, kind)
@@ -61,6 +62,8 @@ def test_weights_of_few_bits(kind):
         error = (made(x) - model(x)).norm() / model(x).norm()
     assert 0 < error < (0.2 if kind == "int4_weights" else 0.05)
     assert type(model[0].weight.data) is torch.Tensor
+    taken = [type(made[i].weight.data) is not torch.Tensor for i in (0, 2, 3)]
+    assert taken == [True, True, kind != "int4_weights"], "int4 takes outputs in multiples of 16"
 
 
 class Decides(nn.Module):
