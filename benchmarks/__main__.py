@@ -7,7 +7,16 @@ from pathlib import Path
 
 from companion import devices, machine
 
-NAMES = ("import_time", "training_loop", "launch", "ddp_speed_up", "data_parallel", "model_parallel", "tpu")
+NAMES = (
+    "import_time",
+    "training_loop",
+    "launch",
+    "ddp_speed_up",
+    "data_parallel",
+    "model_parallel",
+    "tpu",
+    "quantization",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -33,6 +33,7 @@ MODULES = (
     "quantization_errors",
     "quantization_peers",
     "quantization_pt2e",
+    "quantized",
     "report",
     "runner",
     "schedules",

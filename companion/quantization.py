@@ -10,11 +10,8 @@ Networks".
 
 import copy
 import functools
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,69 +20,22 @@ from torch.ao import quantization as ao
 
 from companion import checkpoint
 from companion.fusing import fused, fusible
+from companion.quantized import QuantizationError, calibrate, checked, engines, layers, runs, use_engine
 
-ENGINES = ("x86", "onednn", "fbgemm", "qnnpack")  # in the order in which "auto" takes them
+__all__ = [
+    "QuantizationError",
+    "cast",
+    "dynamic",
+    "engines",
+    "layers",
+    "load",
+    "save",
+    "static",
+    "traced",
+    "trained",
+]
 DYNAMIC = (nn.Linear, nn.LSTM, nn.GRU)
 OBSERVERS = {"histogram": ao.HistogramObserver, "minmax": ao.MinMaxObserver}
-_WITH_WEIGHTS = re.compile(r"Linear|Conv|LSTM|GRU|Embedding|Norm")
-
-
-class QuantizationError(ValueError):
-    """The model cannot be quantized as asked; the message says which layer or operator, and what to do."""
-
-
-@dataclass(frozen=True)
-class Layers:
-    """The layers with weights: those that are integers now, and those that stay as they were; name ->
-    type.
-    """
-
-    quantized: dict[str, str]
-    left: dict[str, str]
-
-
-def layers(model: nn.Module) -> Layers:
-    """Which layers of the model compute in integers, and which do not."""
-    quantized: dict[str, str] = {}
-    left: dict[str, str] = {}
-    for name, module in model.named_modules():
-        kind = type(module)
-        if any(name.startswith(f"{outer}.") for outer in quantized):
-            continue
-        if ".quantized" in kind.__module__ and _WITH_WEIGHTS.search(kind.__name__):
-            quantized[name or "the model"] = kind.__name__
-        elif next(module.parameters(recurse=False), None) is not None:
-            left[name] = kind.__name__
-    return Layers(quantized, left)
-
-
-def engines() -> list[str]:
-    """The engines of integer kernels that torch has here, the preferred one first."""
-    return [name for name in ENGINES if name in torch.backends.quantized.supported_engines]
-
-
-@contextmanager
-def _engine(name: str) -> Iterator[str]:
-    """Makes `name`, or for "auto" the preferred one, the engine for which weights are packed; restores it
-    after.
-    """
-    there = engines()
-    chosen = there[0] if name == "auto" and there else name
-    if chosen not in there:
-        raise QuantizationError(
-            f"engine={name!r} is not here; use one of {', '.join(map(repr, there)) or 'none'}"
-        )
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = chosen
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated", DeprecationWarning)
-            warnings.filterwarnings("ignore", "torch.quantize_per_tensor, .* are deprecated")  # said once
-            warnings.filterwarnings("ignore", "Please use quant_min and quant_max")
-            warnings.filterwarnings("ignore", "must run observer before calling calculate_qparams")
-            yield chosen
-    finally:
-        torch.backends.quantized.engine = before
 
 
 def _silent(function: Callable) -> Callable:
@@ -118,14 +68,14 @@ def dynamic(model: nn.Module, kinds: Sequence[type[nn.Module]] = DYNAMIC, engine
     networks and transformers. Raises QuantizationError for an engine that is not here, or a model without
     such layers.
     """
-    with _engine(engine):
+    with use_engine(engine):
         holder = nn.Module()
         holder.model = copy.deepcopy(model).eval()  # what is in a module can be replaced: a lone nn.LSTM too
         made = ao.quantize_dynamic(holder, set(kinds), dtype=torch.qint8, inplace=True).model
     for module in made.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fused kernel reads float weights, and would fail
-    return _checked(made, f"it has no {' or '.join(kind.__name__ for kind in kinds)}")
+    return checked(made, f"it has no {' or '.join(kind.__name__ for kind in kinds)}")
 
 
 def static(
@@ -149,13 +99,39 @@ def static(
     """
     if observer not in OBSERVERS:
         raise QuantizationError(f"observer={observer!r} is unknown; use one of {', '.join(OBSERVERS)}")
-    with _engine(engine) as chosen:
+    with use_engine(engine) as chosen:
         made = _with_stubs(model, fusible(model) if fuse is None else fuse, ao.fuse_modules, training=False)
         made.qconfig = _settings(chosen, per_channel, OBSERVERS[observer])
         ao.prepare(made, inplace=True)
-        first = _calibrate(made, calibration)
+        first = calibrate(made, calibration)
         ao.convert(made, inplace=True)
-        return _runs(_checked(made, "none of its layers has an integer version"), first)
+        return runs(checked(made, "none of its layers has an integer version"), first)
+
+
+def traced(
+    model: nn.Module, calibration: Iterable[torch.Tensor], *, engine: str = "auto"
+) -> torch.fx.GraphModule:
+    """As `static`, on the graph of the model that torch.fx traces: residual sums and functional calls get
+    integers too.
+
+    For inference: what depends on the mode or on data is decided while tracing. Raises as `static` does, and
+    for a model that torch.fx cannot trace.
+    """
+    from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
+
+    batches = list(calibration)
+    with use_engine(engine) as chosen:
+        try:
+            made = quantize_fx.prepare_fx(
+                copy.deepcopy(model).eval(), get_default_qconfig_mapping(chosen), tuple(batches[:1])
+            )
+        except Exception as error:  # whatever torch.fx cannot follow
+            said = str(error).strip().splitlines()
+            reason = said[0] if said else type(error).__name__
+            raise QuantizationError(f"torch.fx cannot trace {type(model).__name__}: {reason}") from error
+        first = calibrate(made, batches)
+        made = quantize_fx.convert_fx(made)
+        return runs(checked(made, "none of its layers has an integer version"), first)
 
 
 def trained(
@@ -171,7 +147,7 @@ def trained(
     It is for what `static` costs in accuracy. The rounding starts from the given weights. Raises as `static`
     does.
     """
-    with _engine(engine) as chosen:
+    with use_engine(engine) as chosen:
         made = _with_stubs(
             model, fusible(model) if fuse is None else fuse, ao.fuse_modules_qat, training=True
         )
@@ -188,7 +164,7 @@ def trained(
                 "train(model) has never called the model: there is nothing to take scales from"
             )
         ao.convert(made.eval(), inplace=True)
-        return _runs(_checked(made, "none of its layers has an integer version"), seen[0])
+        return runs(checked(made, "none of its layers has an integer version"), seen[0])
 
 
 def _with_stubs(
@@ -217,55 +193,6 @@ def _settings(engine: str, per_channel: bool, observer: type) -> ao.QConfig:
     activations = observer.with_args(reduce_range=engine in ("x86", "fbgemm"))
     weights = ao.default_per_channel_weight_observer if per_channel else ao.default_weight_observer
     return ao.QConfig(activation=activations, weight=weights)
-
-
-@torch.no_grad()
-def _calibrate(made: nn.Module, calibration: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Shows the batches to the observers, and gives the first one."""
-    first = None
-    for batch in calibration:
-        if not isinstance(batch, torch.Tensor):
-            raise QuantizationError(
-                f"calibration gives batches of inputs, not a {type(batch).__name__}: leave labels out"
-            )
-        if batch.dtype != torch.float32:
-            raise QuantizationError(
-                f"calibration gives {batch.dtype}, but integers are made of float32 inputs"
-            )
-        try:
-            made(batch)
-        except RuntimeError as error:
-            said = str(error).splitlines()[0]
-            raise QuantizationError(
-                f"the model cannot take a calibration batch {tuple(batch.shape)}: {said}"
-            ) from error
-        first = batch if first is None else first
-    if first is None:
-        raise QuantizationError("there is no calibration data: give at least one batch of inputs")
-    return first
-
-
-def _checked(made: nn.Module, why: str) -> nn.Module:
-    if not layers(made).quantized:
-        raise QuantizationError(f"nothing was quantized: {why}")
-    return made
-
-
-@torch.no_grad()
-def _runs(made: nn.Module, batch: torch.Tensor) -> nn.Module:
-    """The converted model, once it has been seen to run."""
-    try:
-        made(batch)
-    except Exception as error:  # whatever torch's integer layers fail with
-        operator = re.search(r"Could not run '([\w:.]+)'", str(error))
-        if operator:
-            said = (
-                f"{operator[1]} takes no integers: put a torch.ao.nn.quantized.FloatFunctional in its place,"
-            )
-            raise QuantizationError(f"{said} or a DeQuantStub before it and a QuantStub after it") from error
-        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'without a message'}"
-        raise QuantizationError(f"its integer version does not run ({said}); dynamic may do") from error
-    return made
 
 
 @_silent

@@ -116,6 +116,7 @@ VARIANTS: dict[str, Maker] = {
     "int8 static": lambda model, data: quantization.static(model, data),
     "int8 static, onednn": lambda model, data: quantization.static(model, data, engine="onednn"),
     "int8 static, scripted": lambda model, data: Scripted(quantization.static(model, data)),
+    "int8 static, traced": lambda model, data: quantization.traced(model, data),
     "int8 PT2E, compiled": lambda model, data: pt2e.compiled(pt2e.exported(model, data)),
     "int8 torchao, dynamic": lambda model, data: pt2e.weights(model, "int8_dynamic"),
     "ONNX Runtime, float32": lambda model, data: peers.onnx_runtime(model, data, int8=False),

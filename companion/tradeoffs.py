@@ -60,7 +60,8 @@ def _point(axis: Axes, value: float | Spread, height: float, number: int) -> Non
     if isinstance(value, Spread):
         axis.hlines(height, value.low, value.high, color=colour, linewidth=1.2)
     axis.plot(middle(value), height, "o", color=colour, markersize=7)
-    axis.annotate(str(number), (middle(value), height), (4, 4), textcoords="offset points", fontsize=9)
+    offset = [(4, 4), (4, -12), (-14, 4), (-14, -12)][number % 4]  # in turn, where points lie close together
+    axis.annotate(str(number), (middle(value), height), offset, textcoords="offset points", fontsize=9)
 
 
 def _band(axis: Axes, level: float, noise: float) -> None:

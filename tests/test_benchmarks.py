@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import data_parallel, ddp_speed_up, import_time, launch, model_parallel, tpu, training_loop
+from benchmarks import (
+    data_parallel,
+    ddp_speed_up,
+    import_time,
+    launch,
+    model_parallel,
+    quantization,
+    tpu,
+    training_loop,
+)
 from companion import devices
 
 IDLE = [
@@ -23,6 +32,11 @@ if devices.why_not("xla") is None:
     XLA += [f"steps lost in 20 to: {name}" for name in tpu.MISTAKES]
 
 
+def trained_once(seed):
+    recipe = quantization.training.Recipe(1, 64, 4e-3, seed=seed)
+    return quantization._fitted(quantization.models.LeNet5(), quantization.data.load("digits"), recipe)
+
+
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(training_loop, "SAMPLES", 512)
@@ -35,7 +49,21 @@ def _small(monkeypatch):
     )
     monkeypatch.setattr(model_parallel, "BATCH_SIZE", 32)
     monkeypatch.setattr(model_parallel, "SLOT_SECONDS", 0.001)
-    for module in (import_time, training_loop, launch, ddp_speed_up, data_parallel, model_parallel, tpu):
+    monkeypatch.setattr(quantization, "CASES", {"LeNet5": (quantization.models.LeNet5, (3, 32, 32), (1,))})
+    monkeypatch.setattr(quantization, "NAMES", ["int8 static", "float16"])
+    name, _, make = quantization.ACCURACIES[0]
+    monkeypatch.setattr(quantization, "ACCURACIES", [(name, trained_once, make)])
+    modules = (
+        import_time,
+        training_loop,
+        launch,
+        ddp_speed_up,
+        data_parallel,
+        model_parallel,
+        tpu,
+        quantization,
+    )
+    for module in modules:
         monkeypatch.setattr(
             module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1)
         )
@@ -78,6 +106,10 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         *(f"idle, {name}, {ranks} ranks, {pieces} micro-batches" for name, ranks, pieces in IDLE),
         *[row["what"].split(" (")[0] for row in written["rows"] if "2 stages cut after" in row["what"]],
         *XLA,
+        "float16, LeNet5, batch 1",
+        "int8 static, LeNet5, batch 1",
+        "accuracy that it costs: int8 static, LeNet5 on cluttered_digits, 5 seeds",
     ]
+    assert any("x smaller" in row["what"] for row in written["rows"])
     assert sum("2 stages cut after" in row["what"] for row in written["rows"]) == 2
     assert all(row["of the limit"].endswith(("%", " points", "-")) for row in written["rows"])

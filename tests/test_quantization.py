@@ -116,6 +116,24 @@ def test_layers_that_follow_each_other_become_one(digits):
             assert (model(digits.test.images) - expected).norm() / expected.norm() < 0.1
 
 
+def test_a_traced_model_may_have_residual_sums_and_functional_calls(digits):
+    torch.manual_seed(0)
+    model = nn.Sequential(Residual(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 10)).eval()
+    x = digits.test.images[:64]
+    made = quantization.traced(model, [x])
+    assert len(quantization.layers(made).quantized) == 3
+    assert not quantization.layers(made).left
+    with torch.no_grad():
+        assert 0 < (made(x) - model(x)).norm() / model(x).norm() < 0.1
+    with pytest.raises(QuantizationError, match=r"torch\.fx cannot trace Decides"):
+        quantization.traced(Decides(), [x])
+
+
+class Decides(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
 def test_a_layer_that_is_used_twice_is_not_fused():
     class Twice(nn.Module):
         def __init__(self):
