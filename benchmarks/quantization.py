@@ -5,6 +5,7 @@ compiled; the limit is the fastest of the peers. The networks' weights are rando
 is measured on trained ones, over several seeds.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from companion import data, low_bits, measure, models, quantization, training
+from companion import data, devices, low_bits, measure, models, quantization, training
 from companion import quantization_compare as qc
 from companion import quantization_pt2e as pt2e
 
@@ -42,7 +43,8 @@ def compared(make: Callable[[], nn.Module], shape: tuple[int, ...], sizes: tuple
         found = torch.cat([made(x) for x in inputs.split(max(sizes))])
         return 1 - float((found - expected).norm() / expected.norm())
 
-    return qc.compare(model, inputs, closeness, batch_sizes=sizes, rounds=rounds, names=NAMES)
+    options = {"batch_sizes": sizes, "rounds": rounds, "names": NAMES, "limit_seconds": 150}
+    return qc.compare(model, inputs, closeness, **options)
 
 
 def rows_of(case: str, found: qc.Comparison, size: int) -> Iterator[dict]:
@@ -90,6 +92,7 @@ def lost(name: str, trained: Callable[[int], tuple], make: Callable, seeds: int)
     }
 
 
+@functools.cache
 def lenet(seed: int) -> tuple:
     splits = data.load("cluttered_digits", seed=seed)
     return _fitted(models.LeNet5(), splits, training.Recipe(8, 128, 6e-3, label_smoothing=0.05, seed=seed))
@@ -97,7 +100,7 @@ def lenet(seed: int) -> tuple:
 
 def resnet(seed: int) -> tuple:
     training.seed_everything(seed)
-    recipe = training.Recipe(3, 64, 2e-3, label_smoothing=0.05, seed=seed)
+    recipe = training.Recipe(2, 64, 2e-3, label_smoothing=0.05, seed=seed)
     return _fitted(models.resnet18(), data.load("digits", seed=seed), recipe)
 
 
@@ -125,11 +128,12 @@ ACCURACIES = (
 )
 
 
-def measure_all(rounds: int = 15) -> list[dict]:
+def measure_all(rounds: int = 9) -> list[dict]:
     """Rows of each variant on each network, then of what int8 costs in accuracy."""
     rows, threads = [], torch.get_num_threads()
     for case, (make, shape, sizes) in CASES.items():
         found = compared(make, shape, sizes, rounds)
         rows += [row for size in sizes for row in rows_of(case, found, size)]
     torch.set_num_threads(threads)
+    devices.set_threads()
     return rows + [lost(*accuracy, SEEDS) for accuracy in ACCURACIES]

@@ -19,11 +19,13 @@ class _Rounded(nn.Module):
     Neurons".
     """
 
-    def __init__(self, bits: int, per_channel: bool):
+    def __init__(self, bits: int, per_channel: bool, kept: torch.Tensor | None):
         super().__init__()
         self.most, self.per_channel = 2 ** (bits - 1) - 1, per_channel
+        self.register_buffer("kept", kept, persistent=False)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight if self.kept is None else weight * self.kept
         largest = weight.detach().abs()
         largest = (
             largest.flatten(1).amax(1).view(-1, *[1] * (weight.dim() - 1))
@@ -35,12 +37,11 @@ class _Rounded(nn.Module):
         return weight + (rounded - weight).detach()
 
 
-def rounded(model: nn.Module, bits: int, per_channel: bool = True) -> nn.Module:
-    """The model with weights of `bits` bits, from 2 to 8, simulated in float: what they cost in accuracy, not
-    in time.
+def rounded(model: nn.Module, bits: int, per_channel: bool = True, keep_zeros: bool = False) -> nn.Module:
+    """The model with weights of `bits` bits, from 2 to 8, simulated in float: for accuracy, not for speed.
 
     Convolutions and linear layers only. It can be trained on: the float weights below learn, the rounded ones
-    compute.
+    compute. With `keep_zeros`, weights that are zero now stay so, as in a pruned model. `fixed` ends it.
     """
     if not isinstance(bits, int) or not 2 <= bits <= 8:
         raise ValueError(f"bits={bits!r} must be a whole number from 2 to 8")
@@ -49,7 +50,18 @@ def rounded(model: nn.Module, bits: int, per_channel: bool = True) -> nn.Module:
     if not found:
         raise ValueError("nothing was quantized: it has neither convolutions nor linear layers")
     for module in found:
-        parametrize.register_parametrization(module, "weight", _Rounded(bits, per_channel))
+        kept = module.weight.detach() != 0 if keep_zeros else None
+        parametrize.register_parametrization(module, "weight", _Rounded(bits, per_channel, kept))
+    return made
+
+
+def fixed(model: nn.Module) -> nn.Module:
+    """The model of `rounded` as a plain one, whose weights are the rounded values."""
+    made = copy.deepcopy(model)
+    for module in made.modules():
+        if isinstance(module, LAYERS) and parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            module.weight.data += 0.0  # no -0.0 among the zeros
     return made
 
 

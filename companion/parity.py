@@ -63,6 +63,6 @@ def _check(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tenso
 def fingerprint(model: nn.Module) -> str:
     """Twelve digits that are equal for models whose weights and buffers are equal to the last bit."""
     digest = hashlib.sha256()
-    for value in model.state_dict().values():
+    for _, value in sorted(model.state_dict().items()):  # whatever the order in which they were registered
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -59,3 +59,19 @@ def confusion(labels: torch.Tensor, guesses: torch.Tensor, classes: Sequence[str
     axis.set_xticklabels(classes, rotation=0 if len(max(classes, key=len)) < 3 else 90)
     axis.set_yticklabels(classes)
     return drawn
+
+
+@styled
+def matrices(tensors: dict[str, torch.Tensor], columns: int = 6) -> Figure:
+    """Weights or masks `[rows, columns]` as pictures, on one scale: red below 0, blue above, white is 0."""
+    columns = min(columns, len(tensors))
+    rows = -(-len(tensors) // columns)
+    drawn, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 1.8 * rows), squeeze=False)
+    most = max(float(tensor.detach().abs().max()) for tensor in tensors.values())
+    for axis in axes.flat:
+        axis.axis("off")
+    for (name, tensor), axis in zip(tensors.items(), axes.flat, strict=False):
+        values = tensor.detach().float().numpy()
+        axis.imshow(values, cmap="RdBu", vmin=-most, vmax=most, interpolation="nearest", aspect="auto")
+        axis.set_title(name, fontsize=9)
+    return drawn

@@ -78,11 +78,13 @@ def accuracies(
     ticks: Sequence[float] | None = None,
     dashed: Sequence[str] = (),
     noise: float = 0.0,
+    marks: dict[str, float] | None = None,
 ) -> Figure:
     """Accuracy, from 0 to 1, against something: name -> (x, accuracies); `levels` are named accuracies.
 
     Accuracies with a spread have whiskers. `dashed` names the curves of what is only there to compare with.
-    The grey bands are `noise`, such as two standard errors, about the levels.
+    The grey bands are `noise`, such as two standard errors, about the levels; `marks` are named places on the
+    horizontal axis.
     """
     drawn, (axis,) = panels_of(1, 8, 3.4 + 0.12 * len(curves))
     for (name, (x, values)), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
@@ -96,6 +98,8 @@ def accuracies(
         _band(axis, level, noise)
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         axis.annotate(name, (1, 100 * level), (4, 0), va="center", fontsize=9, **place)
+    for name, mark in (marks or {}).items():
+        axis.axvline(mark, color="black", linewidth=0.8, linestyle="--", label=name)
     axis.set(xlabel=xlabel, ylabel="accuracy (%)")
     if log:
         axis.set_xscale("log", base=2)

@@ -37,6 +37,7 @@ def figures(digits):
         ),
         "difference": plots.difference({"a": [0.0, 1e-7, 1e-3]}, "step", "apart", {"allowed": 1e-2}),
         "equal": plots.difference({"a": [0.0, 0.0]}, "step", "apart", {"allowed": 1e-2}),
+        "matrices": pictures.matrices({"mask": torch.eye(3), "weights": torch.randn(4, 5)}),
         "lines": plots.lines([1, 2], {"a": [1, 2], "b": [2, 1]}, "x", "y"),
         "lanes": diagrams.lanes(
             {"a": [("float", "in"), ("int8", "out")], "b": [("float", "in")]}, back={"a": "gradient"}
@@ -47,7 +48,11 @@ def figures(digits):
             log=["KiB"],
         ),
         "accuracies": tradeoffs.accuracies(
-            {"a": ([2, 4], [0.5, measure.Spread(0.9, 0.8, 1.0, 5)])}, "bits", {"float": 0.95}, ticks=[2, 4]
+            {"a": ([2, 4], [0.5, measure.Spread(0.9, 0.8, 1.0, 5)])},
+            "bits",
+            {"float": 0.95},
+            ticks=[2, 4],
+            marks={"3 bits": 3},
         ),
         "histograms": tradeoffs.histograms({"float": torch.randn(99), "int8": torch.ones(9)}, "weight"),
         "spread": plots.bars({"speed-up": {"a": measure.Spread(2.0, 1.5, 3.0, 7), "b": 1.0}}),
@@ -69,7 +74,7 @@ def test_each_figure_draws_and_is_shown_by_nobody_else(figures):
 
 
 def test_axes_have_labels(figures):
-    for name in figures.keys() - {"images", "guesses", "lanes"}:  # a drawing has no axes
+    for name in figures.keys() - {"images", "guesses", "lanes", "matrices"}:  # a drawing has no axes
         assert all(axis.get_xlabel() for axis in figures[name].axes), name
 
 

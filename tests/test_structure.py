@@ -61,8 +61,10 @@ TECHNIQUES = {
     "quantization_peers": ("quantization",),
     "quantization_compare": ("quantization", "quantization_peers", "quantization_pt2e"),
     "pruning": (),
+    "pruning_channels": ("pruning",),
+    "packing": (),
     "preflight": ("tpu",),
-    "fastest": ("low_bits", "pruning", "quantization", "quantization_pt2e"),
+    "fastest": ("low_bits", "pruning", "pruning_channels", "quantization", "quantization_pt2e"),
 }
 ROOF = {
     "kernels": ("host",),
@@ -126,9 +128,9 @@ def test_a_notebook_imports_the_ground_its_own_technique_and_what_that_may_use(p
     number, technique = path.stem.split("_", 1)
     own = {technique, *TECHNIQUES.get(technique, ())} | {room for room in TECHNIQUES if technique in room}
     # Threads are compared with processes; weights of few bits belong to 08, and 09 packs them.
-    compares = {"02": {"ddp"}, "08": {"low_bits"}}.get(number, set())
+    compares = {"02": {"ddp"}, "08": {"low_bits"}, "09": {"low_bits", "packing", "quantization"}}
     source = "\n".join(cells.plain(cell.source) for cell in cells.code(nbformat.read(path, 4)))
-    beyond = imported(source) - {*GROUND, *ROOF} - own - compares
+    beyond = imported(source) - {*GROUND, *ROOF} - own - compares.get(number, set())
     assert not beyond, f"it uses other techniques: {', '.join(beyond)}"
 
 
