@@ -16,6 +16,7 @@ NAMES = (
     "model_parallel",
     "tpu",
     "quantization",
+    "pruning",
 )
 
 

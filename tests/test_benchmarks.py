@@ -12,6 +12,7 @@ from benchmarks import (
     import_time,
     launch,
     model_parallel,
+    pruning,
     quantization,
     tpu,
     training_loop,
@@ -51,19 +52,14 @@ def _small(monkeypatch):
     monkeypatch.setattr(model_parallel, "SLOT_SECONDS", 0.001)
     monkeypatch.setattr(quantization, "CASES", {"LeNet5": (quantization.models.LeNet5, (3, 32, 32), (1,))})
     monkeypatch.setattr(quantization, "NAMES", ["int8 static", "float16"])
+    smaller = {"SEEDS": 1, "TASKS": {"digits": (2, 64)}, "SHARES": (0.5,), "RATIOS": (0.2,)}
+    for constant, value in {**smaller, "RESNET_RATIOS": (0.5,)}.items():
+        monkeypatch.setattr(pruning, constant, value)
+    monkeypatch.setattr(pruning.pt2e, "compiled", lambda model: model)  # takes half a minute
     name, _, make = quantization.ACCURACIES[0]
     monkeypatch.setattr(quantization, "ACCURACIES", [(name, trained_once, make)])
-    modules = (
-        import_time,
-        training_loop,
-        launch,
-        ddp_speed_up,
-        data_parallel,
-        model_parallel,
-        tpu,
-        quantization,
-    )
-    for module in modules:
+    modules = [import_time, training_loop, launch, ddp_speed_up, data_parallel, model_parallel, tpu]
+    for module in (*modules, quantization, pruning):
         monkeypatch.setattr(
             module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1)
         )
@@ -109,6 +105,12 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         "float16, LeNet5, batch 1",
         "int8 static, LeNet5, batch 1",
         "accuracy that it costs: int8 static, LeNet5 on cluttered_digits, 5 seeds",
+        "times fewer weights by masks, LeNet5 on digits, 1 seeds",
+        "times smaller file, LeNet5 on digits, 1 seeds",
+        "channels and int8, times smaller, LeNet5 on digits, 1 seeds",
+        "channels and int8, speed-up at batch 64, LeNet5 on digits, 1 seeds",
+        "speed-up, ResNet-18, 32 px, batch 8, 50% of the channels removed",
+        "speed-up, ResNet-18, 32 px, batch 8, 50% removed, then int8",
     ]
     assert any("x smaller" in row["what"] for row in written["rows"])
     assert sum("2 stages cut after" in row["what"] for row in written["rows"]) == 2
