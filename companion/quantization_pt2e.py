@@ -95,6 +95,10 @@ def _as_it_is(graph: fx.GraphModule, mode: bool = True) -> fx.GraphModule:
 
 def _graph(model: nn.Module, batch: torch.Tensor) -> fx.GraphModule:
     sizes = ({0: torch.export.Dim("batch", min=1, max=2**16)},)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # one operator for a whole layer, which export cannot follow
     try:
         # Guards in C++ would need a compiler, and torch in a path without a space.
         with torch._dynamo.config.patch(enable_cpp_symbolic_shape_guards=False):
@@ -102,6 +106,8 @@ def _graph(model: nn.Module, batch: torch.Tensor) -> fx.GraphModule:
     except Exception as error:  # whatever torch.export has to say of the model
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise QuantizationError(f"torch.export cannot follow {type(model).__name__}: {said}") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def quantize_nodes(graph: fx.GraphModule) -> list[str]:

@@ -66,6 +66,15 @@ def test_weights_of_few_bits(kind):
     assert taken == [True, True, kind != "int4_weights"], "int4 takes outputs in multiples of 16"
 
 
+def test_a_transformer_encoder_is_exported_and_its_fast_path_is_on_again():
+    torch.manual_seed(0)
+    model, x = models.EncoderClassifier(8, 6, width=32, layers=2, heads=2).eval(), torch.randn(4, 6, 8)
+    made = quantization_pt2e.exported(model, [x])
+    assert torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        assert 0 < (made(x) - model(x)).norm() / model(x).norm() < 0.1
+
+
 class Decides(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
