@@ -94,6 +94,7 @@ def lost(name: str, trained: Callable[[int], tuple], make: Callable, seeds: int)
 
 @functools.cache
 def lenet(seed: int) -> tuple:
+    training.seed_everything(seed)
     splits = data.load("cluttered_digits", seed=seed)
     return _fitted(models.LeNet5(), splits, training.Recipe(8, 128, 6e-3, label_smoothing=0.05, seed=seed))
 
