@@ -98,13 +98,13 @@ def test_conda_names_the_same_stack():
     assert pip == "pip"
     assert packages["pip"] == [
         "--constraint constraints.txt",
-        "--editable .[notebooks,dev,compress,peers,xla]",
+        "--editable .[notebooks,dev,compress,peers,tune,xla]",
     ]
     assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(
         python.removeprefix("python=")
     )
     assert environment["name"] == PROJECT["name"]
-    assert "    wanted='.[notebooks,dev,compress,peers,xla]'" in (ROOT / "setup.sh").read_text()
+    assert "    wanted='.[notebooks,dev,compress,peers,tune,xla]'" in (ROOT / "setup.sh").read_text()
 
 
 def test_binder_names_the_same_stack_for_cpu():

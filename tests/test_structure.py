@@ -40,6 +40,7 @@ GROUND = {
     "plots": ("figures", "measure", "tables", "training"),
     "tradeoffs": ("figures", "measure"),
     "diagrams": ("figures",),
+    "search_figures": ("figures", "tables"),
 }
 TECHNIQUES = {
     "xla_counts": (),
@@ -51,7 +52,10 @@ TECHNIQUES = {
     "model_parallel": ("pipeline",),
     "hybrid": ("ddp", "model_parallel", "pipeline"),
     "multi_machine": ("ddp",),
-    "ray_tune": (),
+    "ray_session": (),
+    "ray_trials": (),
+    "ray_results": (),
+    "ray_tune": ("ray_results", "ray_session", "ray_trials"),
     "fusing": (),
     "low_bits": (),
     "quantized": (),

@@ -1,0 +1,183 @@
+"""Ray on this machine, for this process alone: started quietly, listening on loopback only, ended with
+nothing left.
+"""
+
+import atexit
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import psutil
+import torch
+
+from companion import host
+
+LOOPBACK = "127.0.0.1"
+_END_SECONDS = 10
+_started: dict[
+    str, object
+] = {}  # the session of this process: its temporary folder, and its cluster of nodes
+
+
+def imported():
+    """The module ray, its settings made: no reports of usage to its makers, a secret for every connection.
+
+    Raises ImportError, naming the extra to install, where it is missing.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future way, which it announces
+    try:
+        import ray
+        from ray import tune  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Ray Tune is not installed: pip install 'accelerating-pytorch[tune]'") from error
+    return ray
+
+
+def start(cpus: int | None = None, gpus: int | None = None, nodes: int = 1) -> dict[str, float]:
+    """Starts Ray and gives what it has to share out, such as {"CPU": 2.0}.
+
+    `cpus` and `gpus` are those of each node: None is all that this process may use. Several `nodes` are a
+    cluster that is only simulated: each has its own processes, all on this machine.
+
+    Raises RuntimeError if Ray already runs in this process, or would listen on another address than
+    loopback.
+    """
+    ray = imported()
+    if ray.is_initialized():
+        raise RuntimeError("Ray already runs in this process: ray_session.stop() ends what start() started")
+    from ray._private import ray_constants
+    from ray._private.authentication import authentication_token_setup
+
+    authentication_token_setup.logger.setLevel(logging.ERROR)  # it announces what is done on purpose
+    authentication_token_setup.enable_token_auth_by_default()
+    ray_constants.ENABLE_RAY_CLUSTER = False  # or Ray replaces loopback by the address of a network card
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: the sockets in it may have names of 107 bytes at most
+    _started.update(folder=folder, cluster=None)
+    node = {"num_cpus": cpus or host.usable_cores(), "num_gpus": gpus, "include_dashboard": False}
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if nodes == 1:
+            ray.init("local", **node, **quiet, _node_ip_address=LOOPBACK, _temp_dir=folder)
+        else:
+            _started["cluster"] = cluster = _simulated(nodes, node, folder)
+            ray.init(cluster.address, **quiet, _node_ip_address=LOOPBACK)
+        addresses = {one["NodeManagerAddress"] for one in ray.nodes()}
+        if addresses != {LOOPBACK}:
+            raise RuntimeError(f"Ray listens on {', '.join(addresses)} instead of on loopback only")
+    except BaseException:
+        stop()
+        raise
+    return resources()
+
+
+def _simulated(nodes: int, node: dict, folder: str):
+    """A cluster of nodes that are only processes here."""
+    from ray.cluster_utils import Cluster
+
+    Path(folder, "ray").mkdir()
+    with mock.patch.dict(os.environ, RAY_TMPDIR=folder):  # it notes its address there, whatever `temp_dir` is
+        node = node | {"node_ip_address": LOOPBACK}
+        cluster = Cluster(initialize_head=True, head_node_args=node)
+        for _ in range(nodes - 1):
+            cluster.add_node(**node)
+    return cluster
+
+
+def resources() -> dict[str, float]:
+    """What the nodes of the running Ray have to share out: "CPU", "GPU" and what else they were given."""
+    found = imported().cluster_resources()
+    return {
+        name: amount
+        for name, amount in found.items()
+        if ":" not in name and name not in ("memory", "object_store_memory")
+    }
+
+
+def afford(cpus: float, gpus: float) -> None:
+    """Raises ValueError if no node has so many CPUs and GPUs: what asks for them would wait for ever."""
+    if imported().is_initialized():
+        nodes = [node["Resources"] for node in imported().nodes() if node["Alive"]]
+    else:
+        nodes = [{"CPU": host.usable_cores(), "GPU": torch.cuda.device_count()}]
+    for name, wanted in (("CPU", cpus), ("GPU", gpus)):
+        most = max(node.get(name, 0) for node in nodes)
+        if wanted > most:
+            raise ValueError(
+                f"{name.lower()}s={wanted:g} for each trial, but no node of this Ray has more than {most:g}: "
+                "Ray would wait for ever"
+            )
+
+
+def stop() -> None:
+    """Ends what `start` started, waits until its processes are gone, and deletes its temporary folder.
+
+    Does nothing where nothing was started. It is called when this process ends, too; where that is killed,
+    Ray's processes end by themselves, the last ones a minute later.
+    """
+    if not _started:
+        return
+    processes = [child for child in psutil.Process().children(recursive=True) if _is_rays(child)]
+    imported().shutdown()
+    if _started["cluster"]:
+        _started["cluster"].shutdown()
+    _, left = psutil.wait_procs(processes, _END_SECONDS)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, _END_SECONDS)
+    shutil.rmtree(_started["folder"], ignore_errors=True)
+    _started.clear()
+
+
+def _is_rays(process: psutil.Process) -> bool:
+    """Whether a process of this session's Ray: its command names the folder, or it is one of the workers."""
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return str(_started["folder"]) in command or command.startswith("ray::")
+
+
+@contextmanager
+def careful() -> Iterator[None]:
+    """Keeps Ray from printing its own tables, and of failures what the caller reports.
+
+    It also notes the state of a search every two seconds, so that little is lost where it is interrupted.
+    """
+    logger = logging.getLogger("ray.tune")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with (
+            mock.patch.dict(os.environ, RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="2"),
+            mock.patch("ray._private.worker.print_to_stdstream"),  # of workers that died
+        ):
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def running(cpus: int | None = None, gpus: int | None = None) -> Iterator[dict[str, float]]:
+    """The resources of the Ray that runs in this process; where none does, of one started for as long as
+    this lasts.
+    """
+    if imported().is_initialized():
+        yield resources()
+        return
+    found = start(cpus, gpus)
+    try:
+        yield found
+    finally:
+        stop()
+
+
+atexit.register(stop)

@@ -1,0 +1,300 @@
+"""A search for hyperparameters with Ray Tune: one call, with everything checked before and a table after.
+
+found = ray_tune.search(train, {"lr": tune.loguniform(1e-4, 1e-1)}, metric="accuracy", trials=16)
+print(found.best.config); print(found.table()); found.figure()
+"""
+
+import inspect
+import json
+import math
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from companion import checks, ray_results, ray_session, ray_trials, training
+from companion.ray_results import Search
+
+SCHEDULERS = ("fifo", "asha")
+SEARCHERS = ("random", "optuna")
+_SETTINGS = "search.json"  # beside Ray's own files: what a search that goes on must agree with
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What was asked of `search`."""
+
+    train: Callable[..., object]
+    space: dict[str, object]
+    metric: str
+    mode: str
+    trials: int
+    epochs: int | None
+    scheduler: object
+    searcher: object
+    shared: dict[str, object]
+    cpus: float
+    gpus: float
+    retries: int
+    seed: int
+    limit_seconds: float | None
+    progress: bool
+
+    def check(self) -> None:
+        """Raises ValueError for settings that cannot be right."""
+        from ray.tune.search.sample import Function
+
+        checks.choice("mode", self.mode, ("max", "min"))
+        checks.whole("trials", self.trials)
+        checks.whole("retries", self.retries, least=0)
+        checks.number("cpus", self.cpus, least=0)
+        checks.number("gpus", self.gpus, least=0)
+        if self.cpus == self.gpus == 0:
+            raise ValueError(
+                "cpus=0 and gpus=0: all trials would start at once; give each a share of something"
+            )
+        for name, known in (("scheduler", SCHEDULERS), ("searcher", SEARCHERS)):
+            if isinstance(getattr(self, name), str):
+                checks.choice(name, getattr(self, name), known)
+        if self.scheduler == "asha":
+            checks.whole("epochs", self.epochs or 0)
+        if inspect.isclass(self.train) or not callable(self.train):
+            raise ValueError(f"train={self.train!r} must be a function of a configuration")
+        try:
+            inspect.signature(self.train).bind({}, **self.shared)
+        except TypeError as error:
+            raise ValueError(f"train(config, {', '.join(self.shared)}) cannot be called: {error}") from None
+        if not self.space:
+            raise ValueError("the space is empty: there is nothing to search for")
+        drawn = [name for name, domain in self.space.items() if isinstance(domain, Function)]
+        if drawn and self.searcher != "random":
+            raise ValueError(
+                f"space[{drawn[0]!r}] is a function, which only the random searcher can draw from: write "
+                "tune.choice([4, 8, ...]), tune.randint or tune.loguniform instead"
+            )
+
+    def settings(self) -> dict[str, object]:
+        """What decides what a search finds, as far as it can be written down."""
+        names = ("metric", "mode", "trials", "epochs", "seed")
+        kinds = {name: _kind(getattr(self, name)) for name in ("scheduler", "searcher")}
+        return {name: getattr(self, name) for name in names} | kinds | {"space": sorted(self.space)}
+
+    def trainable(self) -> Callable:
+        """The function that Ray calls in a trial's process, with what it shares and what it needs."""
+        from ray import tune
+
+        trial = ray_trials.prepared(self.train, max(1, int(self.cpus)), self.seed)
+        shared = tune.with_parameters(trial, **self.shared) if self.shared else trial
+        return tune.with_resources(shared, {"cpu": self.cpus, "gpu": self.gpus})
+
+    def tuner(self, path: Path):
+        """Ray's Tuner that begins, or goes on with, the search in a folder."""
+        from ray import tune
+        from ray.tune.logger import JsonLoggerCallback
+
+        if tune.Tuner.can_restore(str(path)):
+            return tune.Tuner.restore(
+                str(path), self.trainable(), resume_unfinished=True, resume_errored=True
+            )
+        return tune.Tuner(
+            self.trainable(),
+            param_space=self.space,
+            tune_config=tune.TuneConfig(
+                metric=self.metric,
+                mode=self.mode,
+                num_samples=self.trials,
+                scheduler=self._scheduler(),
+                search_alg=self._searcher(),
+                time_budget_s=self.limit_seconds,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name=path.name,
+                storage_path=str(path.parent),
+                stop=_not_finite(self.metric),
+                failure_config=tune.FailureConfig(max_failures=self.retries),
+                callbacks=[_bar(self.metric, self.mode, self.progress), JsonLoggerCallback()],
+                verbose=0,
+            ),
+        )
+
+    def _scheduler(self):
+        from ray.tune import schedulers
+
+        if self.scheduler == "asha":
+            return schedulers.ASHAScheduler(max_t=self.epochs, grace_period=1, reduction_factor=2)
+        return schedulers.FIFOScheduler() if self.scheduler == "fifo" else self.scheduler
+
+    def _searcher(self):
+        from ray.tune.search.basic_variant import BasicVariantGenerator
+
+        if self.searcher == "random":
+            return BasicVariantGenerator(random_state=self.seed)
+        if self.searcher == "optuna":
+            from ray.tune.search.optuna import OptunaSearch
+
+            return OptunaSearch(seed=self.seed)
+        return self.searcher
+
+
+def search(
+    train: Callable[..., object],
+    space: Mapping[str, object],
+    *,
+    metric: str,
+    mode: str = "max",
+    trials: int = 10,
+    epochs: int | None = None,
+    scheduler: object = "fifo",
+    searcher: object = "random",
+    shared: Mapping[str, object] | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
+    retries: int = 0,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    limit_seconds: float | None = None,
+    progress: bool = True,
+) -> Search:
+    """Trains `trials` configurations drawn from `space`, as many at a time as there are CPUs and GPUs for.
+
+    `train(config, **shared)` runs in a process of its own, with a thread for each of its `cpus` and after all
+    random generators were seeded with `seed`. It calls `tune.report({metric: value, ...})` after each epoch;
+    `epochs` is how often at most, which "asha" must know. `shared` is put into Ray's object store once.
+    `space` maps names to values, or to what tune.choice, tune.loguniform and their like give; there are
+    `trials` for each point of a tune.grid_search in it.
+
+    `scheduler` is "fifo", "asha" (grace period 1, reduction factor 2) or one of Ray's; `searcher` is
+    "random", "optuna" or one of Ray's. `gpus` may be a fraction of one that trials share. A trial whose
+    metric is infinite or NaN is ended. One that fails is tried `retries` times more, from the last checkpoint
+    that it reported, and what it raised is in the table.
+
+    With a `folder`, a search that was interrupted goes on where it stopped when it is called again. Ray is
+    started, and stopped afterwards, unless it runs already.
+
+    Raises ValueError before anything starts, for settings that cannot be right, and for more CPUs or GPUs
+    than a node has (Ray itself would wait for them for ever); ImportError without Ray.
+    """
+    ray_session.imported()
+    wanted = _Wanted(
+        train,
+        dict(space),
+        metric,
+        mode,
+        trials,
+        epochs,
+        scheduler,
+        searcher,
+        dict(shared or {}),
+        cpus,
+        gpus,
+        retries,
+        seed,
+        limit_seconds,
+        progress,
+    )
+    wanted.check()
+    ray_session.afford(cpus, gpus)
+    path = Path(folder or tempfile.mkdtemp(prefix="search-")).absolute()
+    _agree(path, wanted.settings())
+    try:
+        with ray_session.running(), ray_session.careful(), _seeded(seed):
+            tuner, start = wanted.tuner(path), time.perf_counter()
+            results = tuner.fit()
+            return ray_results.read(results, metric, mode, time.perf_counter() - start)
+    finally:
+        if folder is None:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The global random generators, from which schedulers draw; as they were before, afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    training.seed_everything(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _kind(choice: object) -> str:
+    return choice if isinstance(choice, str) else type(choice).__name__
+
+
+def _agree(path: Path, settings: dict[str, object]) -> None:
+    """Notes the settings of a search in its folder; raises ValueError if another one is there."""
+    note = path / _SETTINGS
+    if note.exists():
+        before = json.loads(note.read_text())
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{path} holds a search with {name}={before.get(name)!r}, not {value!r}: give the same "
+                    "settings to go on with it, or another folder"
+                )
+        return
+    if path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty, and what it holds is no search: give another folder")
+    checks.folder("folder", path)
+    note.write_text(json.dumps(settings))
+
+
+def _not_finite(metric: str):
+    """Ends a trial whose metric is infinite or NaN, before scheduler or searcher hear of it."""
+    from ray.tune import Stopper
+
+    class NotFinite(Stopper):
+        def __call__(self, trial_id: str, result: dict) -> bool:
+            return not math.isfinite(result[metric])
+
+        def stop_all(self) -> bool:
+            return False
+
+    return NotFinite()
+
+
+def _bar(metric: str, mode: str, shown: bool):
+    """A progress bar: trials that have ended, reports, and the best value. It notes when each report came."""
+    from ray.tune import Callback
+
+    better = max if mode == "max" else min
+
+    class Bar(Callback):
+        def __init__(self):
+            self.reports, self.best, self.bar = 0, None, None
+
+        def __getstate__(self) -> dict:
+            return self.__dict__ | {"bar": None}
+
+        def setup(self, total_num_samples: int = 0, **info: object) -> None:
+            self.bar = tqdm(total=total_num_samples, unit="trial", disable=not shown, leave=False)
+
+        def on_trial_result(self, iteration, trials, trial, result, **info) -> None:
+            result[ray_results.MOMENT] = time.time()  # Ray's own timestamp is in whole seconds
+            self.reports += 1
+            if math.isfinite(result[metric]):
+                self.best = result[metric] if self.best is None else better(self.best, result[metric])
+                self.bar.set_postfix({"reports": self.reports, f"best {metric}": f"{self.best:.4g}"})
+
+        def on_trial_complete(self, iteration, trials, trial, **info) -> None:
+            self.bar.update()
+
+        def on_trial_error(self, iteration, trials, trial, **info) -> None:
+            self.bar.update()
+
+        def on_experiment_end(self, trials, **info) -> None:
+            self.bar.close()
+
+    return Bar()

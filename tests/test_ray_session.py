@@ -1,0 +1,143 @@
+"""Ray as this suite starts it: reachable from this machine only, with a secret, and gone afterwards."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+
+import psutil
+import pytest
+from conftest import ROOT
+
+from companion import ray_session
+
+pytest.importorskip("ray", reason="Ray is in the extra 'tune', which this environment was made without")
+
+STARTED = """
+import time
+from companion import ray_session
+ray_session.start(cpus=1)
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def ray():
+    ray_session.start(cpus=1)
+    yield ray_session.imported()
+    ray_session.stop()
+
+
+def own_processes() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if ray_session._is_rays(child)]
+
+
+def test_it_listens_on_loopback_only(ray):
+    listening = [
+        (process.name(), connection.laddr.ip)
+        for process in own_processes()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) >= 4, "its servers were not found"
+    outside = [place for place in listening if not place[1].endswith("127.0.0.1")]
+    assert not outside
+
+
+def test_a_process_without_the_secret_is_refused(ray):
+    code = f"""
+from ray._raylet import GcsClient
+GcsClient(address={ray.get_runtime_context().gcs_address!r})
+print("let in")
+"""
+    for token, let_in in ((os.environ["RAY_AUTH_TOKEN"], True), ("0" * 64, False)):
+        environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+        asked = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+        )
+        assert ("let in" in asked.stdout) == let_in, asked.stderr
+    assert "token" in asked.stderr.lower()
+
+
+def test_it_reports_nothing_to_its_makers(ray):
+    from ray._common.usage import usage_lib
+
+    assert not usage_lib.usage_stats_enabled()
+
+
+def test_what_a_trial_asks_for_must_be_on_one_node(ray):
+    ray_session.afford(cpus=1, gpus=0)
+    with pytest.raises(ValueError, match=r"cpus=3 for each trial, but no node .* more than 1"):
+        ray_session.afford(cpus=3, gpus=0)
+    with pytest.raises(ValueError, match=r"gpus=0.5 for each trial"):
+        ray_session.afford(cpus=1, gpus=0.5)
+
+
+def test_it_is_started_once(ray):
+    with pytest.raises(RuntimeError, match="already runs"):
+        ray_session.start()
+    with ray_session.running() as resources:
+        assert resources == {"CPU": 1.0}
+    assert ray.is_initialized(), "running() stopped what it had not started"
+
+
+def test_afterwards_no_process_and_no_file_is_left(python):
+    code = """
+import glob, os, psutil, tempfile
+from companion import ray_session
+before = set(glob.glob(tempfile.gettempdir() + "/*"))
+with ray_session.running(cpus=1):
+    there = psutil.Process().children(recursive=True)
+    assert len(there) >= 4
+print([process.name() for process in there if process.is_running()])
+print(sorted(set(glob.glob(tempfile.gettempdir() + "/*")) - before))
+print(os.listdir("."))
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        ran = subprocess.run(
+            [*python, "-c", code], cwd=folder, capture_output=True, text=True, env=environment, timeout=120
+        )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == ["[]", "[]", "[]"]
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_driver_leaves_no_process(python, how):
+    driver = subprocess.Popen([*python, "-c", STARTED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout.readline() == "started\n"
+    started = psutil.Process(driver.pid).children(recursive=True)
+    assert len(started) >= 4
+    driver.send_signal(how)
+    driver.wait(30)
+    driver.stdout.close()
+    _, left = psutil.wait_procs(started, 150)  # its agents wait a minute for a server that is gone
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def test_several_nodes_on_one_machine(python):
+    code = """
+from companion import ray_session, ray_tune
+ray_session.imported()
+from ray import tune
+def train(config):
+    import ray, time
+    time.sleep(1)
+    tune.report({"x": config["x"], "node": int(ray.get_runtime_context().get_node_id(), 16) % 10**6})
+print(ray_session.start(cpus=1, nodes=2))
+found = ray_tune.search(train, {"x": tune.uniform(0, 1)}, metric="x", trials=4, progress=False)
+print(len({trial.reports[-1]["node"] for trial in found.trials}), {trial.status for trial in found.trials})
+"""
+    ran = subprocess.run([*python, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert ran.stdout.splitlines() == ["{'CPU': 2.0}", "2 {'finished'}"], ran.stderr
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'accelerating-pytorch\[tune\]'"):
+        ray_session.imported()
