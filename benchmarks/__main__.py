@@ -15,6 +15,7 @@ NAMES = (
     "data_parallel",
     "model_parallel",
     "tpu",
+    "ray_tune",
     "quantization",
     "pruning",
 )

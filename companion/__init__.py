@@ -37,6 +37,7 @@ MODULES = (
     "quantization_peers",
     "quantization_pt2e",
     "quantized",
+    "ray_callbacks",
     "ray_results",
     "ray_session",
     "ray_trials",

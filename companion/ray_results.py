@@ -1,5 +1,6 @@
 """What a search found: its trials as a table, as curves, and as a figure of the space."""
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -9,6 +10,26 @@ from matplotlib.figure import Figure
 from companion import search_figures, tables
 
 MOMENT = "moment"  # the entry of a report that says when it came, in seconds since 1970
+
+
+def rungs(trials: int, epochs: int, factor: int = 2, grace: int = 1) -> dict[int, int]:
+    """Successive halving in theory: epochs -> how many trials train that far.
+
+    After `grace` epochs, and then after `factor` times as many each time, the better 1 / `factor` go on; the
+    last ones train to the end. Source: Li et al. 2020, "A System for Massively Parallel Hyperparameter
+    Tuning", section 3.1.
+    """
+    found, rung, left = {}, grace, trials
+    while rung < epochs:
+        found[rung] = left
+        rung, left = factor * rung, max(1, left // factor)
+    return found | {epochs: left}
+
+
+def spent(rungs: dict[int, int]) -> int:
+    """The epochs that all trials together train, where so many train to each rung."""
+    ends = [0, *rungs]
+    return sum((end - begin) * rungs[end] for begin, end in itertools.pairwise(ends))
 
 
 class SearchError(RuntimeError):
@@ -122,7 +143,10 @@ def _shown(value: object) -> str:
 
 
 def read(results, metric: str, mode: str, seconds: float) -> Search:
-    """From Ray's ResultGrid; a value that Ray reported again after it restored a trial counts once."""
+    """From the ResultGrid of `Tuner.fit`, which took so many seconds.
+
+    A value that was reported again after a trial was restored counts once.
+    """
     from ray.tune.result import AUTO_RESULT_KEYS
 
     own = {*AUTO_RESULT_KEYS, "done", "trial_id", "checkpoint_dir_name", "should_checkpoint", MOMENT}
@@ -136,7 +160,8 @@ def read(results, metric: str, mode: str, seconds: float) -> Search:
             {name: value for name, value in row.items() if name not in own and not name.startswith("config/")}
             for row in rows
         ]
-        found.append((result.error, config, tuple(reports), [float(row[MOMENT]) for row in rows]))
+        moments = [float(row.get(MOMENT, row["timestamp"])) for row in rows]
+        found.append((result.error, config, tuple(reports), moments))
     longest = max((len(reports) for *_, reports, _ in found), default=0)
     first = min((moments[0] for *_, moments in found if moments), default=0.0)
     trials = []

@@ -6,7 +6,6 @@ print(found.best.config); print(found.table()); found.figure()
 
 import inspect
 import json
-import math
 import random
 import shutil
 import tempfile
@@ -18,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from companion import checks, ray_results, ray_session, ray_trials, training
+from companion import checks, ray_callbacks, ray_results, ray_session, ray_trials, training
 from companion.ray_results import Search
 
 SCHEDULERS = ("fifo", "asha")
@@ -119,9 +117,10 @@ class _Wanted:
             run_config=tune.RunConfig(
                 name=path.name,
                 storage_path=str(path.parent),
-                stop=_not_finite(self.metric),
+                stop=ray_callbacks.not_finite(self.metric),
                 failure_config=tune.FailureConfig(max_failures=self.retries),
-                callbacks=[_bar(self.metric, self.mode, self.progress), JsonLoggerCallback()],
+                callbacks=[ray_callbacks.bar(self.metric, self.mode, self.progress), JsonLoggerCallback()],
+                progress_reporter=ray_callbacks.silent(),
                 verbose=0,
             ),
         )
@@ -249,52 +248,3 @@ def _agree(path: Path, settings: dict[str, object]) -> None:
         raise ValueError(f"{path} is not empty, and what it holds is no search: give another folder")
     checks.folder("folder", path)
     note.write_text(json.dumps(settings))
-
-
-def _not_finite(metric: str):
-    """Ends a trial whose metric is infinite or NaN, before scheduler or searcher hear of it."""
-    from ray.tune import Stopper
-
-    class NotFinite(Stopper):
-        def __call__(self, trial_id: str, result: dict) -> bool:
-            return not math.isfinite(result[metric])
-
-        def stop_all(self) -> bool:
-            return False
-
-    return NotFinite()
-
-
-def _bar(metric: str, mode: str, shown: bool):
-    """A progress bar: trials that have ended, reports, and the best value. It notes when each report came."""
-    from ray.tune import Callback
-
-    better = max if mode == "max" else min
-
-    class Bar(Callback):
-        def __init__(self):
-            self.reports, self.best, self.bar = 0, None, None
-
-        def __getstate__(self) -> dict:
-            return self.__dict__ | {"bar": None}
-
-        def setup(self, total_num_samples: int = 0, **info: object) -> None:
-            self.bar = tqdm(total=total_num_samples, unit="trial", disable=not shown, leave=False)
-
-        def on_trial_result(self, iteration, trials, trial, result, **info) -> None:
-            result[ray_results.MOMENT] = time.time()  # Ray's own timestamp is in whole seconds
-            self.reports += 1
-            if math.isfinite(result[metric]):
-                self.best = result[metric] if self.best is None else better(self.best, result[metric])
-                self.bar.set_postfix({"reports": self.reports, f"best {metric}": f"{self.best:.4g}"})
-
-        def on_trial_complete(self, iteration, trials, trial, **info) -> None:
-            self.bar.update()
-
-        def on_trial_error(self, iteration, trials, trial, **info) -> None:
-            self.bar.update()
-
-        def on_experiment_end(self, trials, **info) -> None:
-            self.bar.close()
-
-    return Bar()

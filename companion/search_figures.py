@@ -12,6 +12,30 @@ from companion.tables import short
 
 
 @styled
+def halving(rungs: dict[int, int], epochs: int, spent: int) -> Figure:
+    """Successive halving: trial by trial, how far it trains. `rungs`: epochs -> trials that train so far;
+    `spent` are the epochs of all of them together.
+    """
+    trials = max(rungs.values())
+    lengths = [max(rung for rung, many in rungs.items() if trial < many) for trial in range(trials)]
+    drawn, (axis,) = panels_of(1, 8, 1.4 + 0.13 * trials)
+    for trial, length in enumerate(lengths):
+        axis.barh(trial, epochs, color="0.92", height=0.8)
+        axis.barh(trial, length, color=COLOURS[0] if length == epochs else COLOURS[4], height=0.8)
+    for rung in rungs:
+        axis.axvline(rung, color="black", linewidth=0.8, linestyle="--")
+    axis.set(xlabel="epoch", ylabel="trials, the best on top", xlim=(0, epochs))
+    axis.set(xticks=list(rungs), yticks=[])
+    axis.set_title(
+        f"at each dashed line only the better part goes on: {spent} epochs instead of {trials * epochs}",
+        fontsize=10,
+    )
+    axis.invert_yaxis()
+    axis.grid(visible=False)
+    return drawn
+
+
+@styled
 def curves(trials: Sequence[tuple[Sequence[float], bool]], metric: str) -> Figure:
     """A learning curve for each trial: (values by report, whether it went to the end); the others are grey,
     and end in a cross.
@@ -25,6 +49,19 @@ def curves(trials: Sequence[tuple[Sequence[float], bool]], metric: str) -> Figur
             axis.plot(len(values), values[-1], "x", color=COLOURS[5], markersize=5)
     axis.set(xlabel="epoch", ylabel=metric)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    drawn.legend(loc="outside upper center", ncols=2, fontsize=9)
+    return drawn
+
+
+@styled
+def progress(searches: dict[str, Sequence[tuple[int, float]]], ylabel: str) -> Figure:
+    """The best value so far against the reports spent, a line of steps for each search."""
+    drawn, (axis,) = panels_of(1, 8, 3.4)
+    for (name, pairs), colour in zip(searches.items(), COLOURS * len(searches), strict=False):
+        spent, best = zip(*pairs, strict=True)
+        axis.step(spent, best, where="post", color=colour, label=name)
+        axis.plot(spent[-1], best[-1], "o", color=colour)
+    axis.set(xlabel="epochs spent, all trials together", ylabel=ylabel)
     drawn.legend(loc="outside upper center", ncols=2, fontsize=9)
     return drawn
 

@@ -15,6 +15,7 @@ from benchmarks import (
     model_parallel,
     pruning,
     quantization,
+    ray_tune,
     tpu,
     training_loop,
 )
@@ -59,10 +60,13 @@ def _small(monkeypatch):
         monkeypatch.setattr(pruning, constant, value)
     monkeypatch.setattr(pruning.pt2e, "compiled", lambda model: model)  # takes half a minute
     monkeypatch.setattr(pruning.models, "resnet18", pruning.models.LeNet5)  # trained in no time
+    smaller = {"TRIALS": 2, "EPOCHS": 2, "IMAGES": 128, "OVERHEAD_TRIALS": (1, 2), "SETTINGS": [(1, 2)]}
+    for constant, value in smaller.items():
+        monkeypatch.setattr(ray_tune, constant, value)
     name, _, make = quantization.ACCURACIES[0]
     monkeypatch.setattr(quantization, "ACCURACIES", [(name, trained_once, make)])
     modules = [import_time, training_loop, launch, ddp_speed_up, data_parallel, model_parallel, tpu]
-    for module in (*modules, quantization, pruning):
+    for module in (*modules, ray_tune, quantization, pruning):
         monkeypatch.setattr(
             module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1)
         )
@@ -106,6 +110,10 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         *(f"idle, {name}, {ranks} ranks, {pieces} micro-batches" for name, ranks, pieces in IDLE),
         *[row["what"].split(" (")[0] for row in written["rows"] if "2 stages cut after" in row["what"]],
         *XLA,
+        "share of FIFO's epochs, ASHA at the book's settings, 1 seeds",
+        "share of FIFO's epochs, ASHA, grace period 1, factor 2, 1 seeds",
+        "seconds a trial costs beyond its training, processes reused",
+        "trials a minute, Ray's processes against Optuna alone in one process",
         "float16, LeNet5, batch 1",
         "int8 static, LeNet5, batch 1",
         "accuracy that it costs: int8 static, LeNet5 on cluttered_digits, 5 seeds",

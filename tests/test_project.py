@@ -116,7 +116,7 @@ def test_binder_names_the_same_stack_for_cpu():
     assert "--constraint ../constraints.txt" in lines
     assert f"torch=={pinned('torch')}+cpu" in lines
     assert f"torchvision=={pinned('torchvision')}+cpu" in lines
-    assert lines[-1] == ".[notebooks,compress]"
+    assert lines[-1] == ".[notebooks,compress,tune]"
     python = (ROOT / "binder/runtime.txt").read_text().strip().removeprefix("python-")
     assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(python)
 

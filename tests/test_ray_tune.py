@@ -16,7 +16,7 @@ pytest.importorskip("ray", reason="Ray is in the extra 'tune', which this enviro
 ray_session.imported()
 from ray import tune  # noqa: E402
 from ray.tune import schedulers  # noqa: E402
-from trials import misbehaving, recovers, train  # noqa: E402
+from trials import is_a_ddp_job, misbehaving, recovers, train  # noqa: E402
 
 SPACE = {"lr": tune.loguniform(1e-3, 1.0)}
 
@@ -85,8 +85,7 @@ def test_early_stopping_spends_less_and_keeps_the_best(found):
 
 
 def test_mode_min_searches_for_the_least():
-    scheduler = schedulers.ASHAScheduler(max_t=8, grace_period=1, reduction_factor=2)
-    smallest = search(trials=6, seed=3, mode="min", scheduler=scheduler)
+    smallest = search(trials=6, seed=3, mode="min", scheduler=schedulers.FIFOScheduler())
     assert smallest.best.config["lr"] == min(trial.config["lr"] for trial in smallest.trials)
     assert smallest.progress()[-1][1] <= smallest.progress()[0][1]
 
@@ -136,7 +135,8 @@ def test_a_trial_that_died_is_tried_again_from_its_checkpoint():
 DRIVER = """
 from companion import ray_tune
 from trials import recovers
-ray_tune.search(recovers, {"seconds": 0.7, "epochs": 10}, metric="accuracy", trials=3, folder=FOLDER, progress=False)
+space = {"seconds": 0.7, "epochs": 10}
+ray_tune.search(recovers, space, metric="accuracy", trials=3, folder=FOLDER, progress=False)
 """
 
 
@@ -160,6 +160,18 @@ def test_a_killed_driver_s_search_goes_on_where_it_stopped(python, tmp_path):
     every = [[report["accuracy"] for report in trial.reports] for trial in found.trials]
     assert every == [list(range(10))] * 3
     assert sum(trial.reports[-1]["started_at"] > 0 for trial in found.trials) >= 1, "all began anew"
+
+
+def test_a_trial_may_be_a_ddp_job():
+    (trial,) = search(is_a_ddp_job, {"x": 0.25}, trials=1, cpus=2).trials
+    assert trial.reports == ({"accuracy": 0.5, "same": 1.0},), trial.error
+
+
+def test_halving_in_theory():
+    steps = ray_results.rungs(16, 8)
+    assert steps == {1: 16, 2: 8, 4: 4, 8: 2}
+    assert ray_results.spent(steps) == 16 + 8 + 4 * 2 + 2 * 4
+    assert ray_results.rungs(9, 10, factor=3) == {1: 9, 3: 3, 9: 1, 10: 1}
 
 
 REFUSED = {

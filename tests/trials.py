@@ -40,3 +40,19 @@ def recovers(config):
         time.sleep(config.get("seconds", 0))
         if config.get("dies") and epoch == 1 and start == 0:
             os._exit(1)
+
+
+def is_a_ddp_job(config):
+    """A trial of two ranks: what each trains is averaged over both."""
+    from companion import launch
+
+    def rank_sum() -> float:
+        import torch
+        import torch.distributed as dist
+
+        total = torch.ones(1) * config["x"]
+        dist.all_reduce(total)
+        return total.item()
+
+    (first, second) = launch.run(rank_sum, 2, device="cpu")
+    tune.report({"accuracy": first, "same": float(first == second)})
