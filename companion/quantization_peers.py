@@ -83,7 +83,7 @@ def _exported(model: nn.Module, batch: torch.Tensor, folder: Path) -> Path:
     _needed("onnx")
     _needed("onnxscript")
     path, model = folder / "model.onnx", copy.deepcopy(model).eval()
-    sizes = ({0: torch.export.Dim("batch", min=1, max=2**16)},)
+    sizes = ({0: torch.export.Dim("batch", min=2, max=2**16)},)
     try:
         with _quiet():
             torch.onnx.export(

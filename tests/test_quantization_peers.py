@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from companion import parity
+from companion import models, parity
 from companion import quantization_peers as peers
 from companion.quantization import QuantizationError
 
@@ -34,6 +34,20 @@ def test_it_computes_what_the_model_does(make, trained_lenet, digits, calibratio
     assert ((small(images).argmax(1) == labels).double().mean()) > 0.95
     assert small.disk_bytes < exact.disk_bytes / 2
     assert parity.fingerprint(trained_lenet) == before
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize(
+    "model",
+    [models.LSTMClassifier(12, hidden=16), models.EncoderClassifier(12, 7, width=16, layers=2, heads=2)],
+    ids=["LSTM", "encoder"],
+)
+@torch.no_grad()
+def test_sequences_in_batches_of_any_size(make, model):
+    x = torch.randn(9, 7, 12)
+    exported = make(model.eval(), [x], int8=False)
+    for size in (1, 2, 9):
+        assert torch.allclose(exported(x[:size]), model(x[:size]), atol=1e-5)
 
 
 def test_nobody_is_told_of_the_use(trained_lenet, calibration):
