@@ -18,6 +18,7 @@ MODULES = (
     "host",
     "kernels",
     "launch",
+    "layouts",
     "low_bits",
     "machine",
     "measure",
