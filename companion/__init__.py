@@ -16,6 +16,7 @@ MODULES = (
     "figures",
     "fusing",
     "host",
+    "hybrid",
     "kernels",
     "launch",
     "layouts",

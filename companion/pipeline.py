@@ -21,8 +21,8 @@ from companion.schedules import KINDS, SCHEDULES, Span, check
 class _Stage(pipelining.PipelineStage):
     """A stage that keeps what it did when, and says in whatever is raised where that was."""
 
-    def __init__(self, module: nn.Module, index: int, count: int, device: torch.device, given, handed_on):
-        super().__init__(module, index, count, device, input_args=given, output_args=handed_on)
+    def __init__(self, module: nn.Module, index: int, count: int, device, given, handed_on, group):
+        super().__init__(module, index, count, device, input_args=given, output_args=handed_on, group=group)
         self.handed_on, self.spans = handed_on, []
 
     @contextmanager
@@ -66,7 +66,7 @@ class _Stage(pipelining.PipelineStage):
         """The first messages, which warm up the connections; before torch 2.13 gloo aborts on them, and needs
         none.
         """
-        right = stacks.has_right_pipeline_warm_up() or dist.get_backend() != "gloo"
+        right = stacks.has_right_pipeline_warm_up() or dist.get_backend(self.group) != "gloo"
         return super()._get_init_p2p_neighbors_ops() if right else []
 
 
@@ -88,7 +88,9 @@ class Pipeline:
 
     Every rank makes one of the same `stages`, and keeps only its own.
 
-    Stage i runs on rank i modulo the world size. `loss_function(output, labels)` gives the mean over a
+    Stage i runs on rank i modulo the world size: that of `group`, where only some ranks share the pipeline.
+    `wrap` is what each stage is put into, such as DDP over the ranks that have the same stage of other
+    pipelines. `loss_function(output, labels)` gives the mean over a
     micro-batch; one whose value for the batch is not the mean of its values for micro-batches (class weights,
     `ignore_index`, sums) is refused in the step where it shows, since its gradients would not be the uncut
     model's.
@@ -103,8 +105,12 @@ class Pipeline:
         schedule: str,
         micro_batches: int,
         loss_function: Callable = F.cross_entropy,
+        *,
+        group: dist.ProcessGroup | None = None,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
     ):
-        self.rank, self.ranks, self.count = dist.get_rank(), dist.get_world_size(), len(stages)
+        self.group, self.wrap = group, wrap or (lambda stage: stage)
+        self.rank, self.ranks, self.count = dist.get_rank(group), dist.get_world_size(group), len(stages)
         check(schedule, self.ranks, self.count, micro_batches)
         self.device, self.name, self.micro_batches, self.loss_function = (
             launch.device(),
@@ -150,7 +156,7 @@ class Pipeline:
             if losses
             else torch.zeros((), device=self.device)
         )
-        dist.broadcast(loss, src=last)
+        dist.broadcast(loss, group_src=last, group=self.group)
         return loss
 
     def collect(self) -> None:
@@ -160,7 +166,7 @@ class Pipeline:
         for index, stage in enumerate(self.all):
             for tensor in (*stage.parameters(), *stage.buffers()):
                 value = tensor.detach().to(self.device)
-                dist.broadcast(value, src=index % self.ranks)
+                dist.broadcast(value, group_src=index % self.ranks, group=self.group)
                 tensor.detach().copy_(value)
 
     def _check(self, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -192,16 +198,17 @@ class Pipeline:
                 if str(index) in self.own
                 else None
             ]
-            dist.broadcast_object_list(answer, src=index % self.ranks)
+            dist.broadcast_object_list(answer, group_src=index % self.ranks, group=self.group)
             shape, stride, dtype = answer[0]
             handed_on = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
             shapes.append(handed_on.requires_grad_(dtype.is_floating_point))
-        staged = here.type == "cuda" and dist.get_backend() == "gloo"
+        staged = here.type == "cuda" and dist.get_backend(self.group) == "gloo"
         self.stages = []
         for name, module in self.own.items():
-            module, index = _OnDevice(module, here) if staged else module, int(name)
-            place = torch.device("cpu") if staged else here
-            self.stages.append(_Stage(module, index, self.count, place, shapes[index], shapes[index + 1]))
+            module, index = self.wrap(module), int(name)
+            module = _OnDevice(module, here) if staged else module
+            place, passed = torch.device("cpu") if staged else here, shapes[index : index + 2]
+            self.stages.append(_Stage(module, index, self.count, place, *passed, self.group))
         schedule = SCHEDULES[self.name]
         single = issubclass(schedule.made_by, pipelining.schedules.PipelineScheduleSingle)
         stages = self.stages[0] if single else self.stages

@@ -1,0 +1,163 @@
+"""Layouts of several ranks train what one rank trains, and hold what theory says."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from companion import hybrid, launch, layouts
+from companion.layouts import Layout
+
+WIDTH, BATCH, STEPS = 16, 16, 4
+
+
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.relu(self.up(x)))
+
+
+def network(blocks: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[Block(WIDTH) for _ in range(blocks)], nn.Linear(WIDTH, 10))
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 10, (BATCH,), generator=generator)
+    return torch.randn(BATCH, WIDTH, generator=generator), labels
+
+
+def optimizer_of(parameters) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, 1e-2, foreach=False)
+
+
+def plain() -> list[float]:
+    """The losses of training on one rank."""
+    model, (x, labels), losses = network(), batch(), []
+    optimizer = optimizer_of(model.parameters())
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+SPLIT = {f"{i}.{name}": style for i in range(4) for name, style in (("up", "column"), ("down", "row"))}
+
+
+def trained(layout: Layout) -> tuple[list[float], dict[str, int]]:
+    mesh, model, losses = hybrid.mesh_of(layout), network(), []
+    x, labels = (hybrid.share(tensor, mesh) for tensor in batch())
+    model = hybrid.laid_out(model, layout, mesh, split=SPLIT, shard=list(model))
+    optimizer = optimizer_of(model.parameters())
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(hybrid.mean_loss(loss, mesh))
+    return losses, hybrid.held_bytes(model, optimizer)
+
+
+def trained_in_stages(layout: Layout) -> tuple[list[float], dict[str, int]]:
+    mesh, losses = hybrid.mesh_of(layout), []
+    x, labels = (hybrid.share(tensor, mesh) for tensor in batch())
+    pipeline = hybrid.pipelined(network(), ["add_1"], layout, mesh)
+    optimizer = optimizer_of(pipeline.own.parameters())
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = pipeline.step(x, labels)
+        optimizer.step()
+        losses.append(hybrid.mean_loss(loss, mesh))
+    return losses, hybrid.held_bytes(pipeline.own, optimizer)
+
+
+LAYOUTS = [
+    Layout(2),
+    Layout(2, sharding="parameters"),
+    Layout(tensor=2),
+    Layout(2, 2, sharding="parameters"),
+    Layout(4, sharding="parameters"),
+    Layout(pipeline=2, micro_batches=4),
+    Layout(2, pipeline=2, micro_batches=4),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_trains_what_one_rank_trains(layout):
+    """In float32 with sums in another order: 1e-5, after four steps of Adam."""
+    function = trained_in_stages if layout.pipeline > 1 else trained
+    for losses, _ in launch.run(function, layout.devices, layout, device="cpu", threads=1):
+        assert losses == pytest.approx(plain(), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:5], ids=str)
+def test_each_rank_holds_what_theory_says(layout):
+    """Biases of rows and the last layer are not split, and shards are padded: 10 %."""
+    parameters = sum(p.numel() for p in network().parameters())
+    work = layouts.Workload(parameters, 4, WIDTH, 0.0, 0.0, 0.0)
+    predicted = layouts.held_bytes(layout, work, BATCH)
+    for _, held in launch.run(trained, layout.devices, layout, device="cpu", threads=1):
+        for what, size in held.items():
+            assert size == pytest.approx(predicted[what], rel=0.1), what
+
+
+REFUSED = {
+    "needs 4 ranks; there are 2": (Layout(4), {}),
+    "has stages: use hybrid.pipelined": (Layout(pipeline=2), {}),
+    "sharding='gradients' is not offered": (Layout(2, sharding="gradients"), {}),
+    "say which layers are split": (Layout(tensor=2), {}),
+    "the model has no Linear layer": (Layout(tensor=2), {"9.up": "column"}),
+    "is unknown; use one of column, row": (Layout(tensor=2), {"0.up": "diagonal"}),
+    "tensor=2 does not divide the 3 features": (Layout(tensor=2), {"5": "column"}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_bad_layouts_are_refused_on_all_ranks(reason):
+    layout, split = REFUSED[reason]
+
+    def attempt() -> str:
+        model = nn.Sequential(*network(), nn.Linear(10, 3))
+        try:
+            hybrid.laid_out(model, layout, hybrid.mesh_of(layout), split=split)
+        except ValueError as error:
+            return str(error)
+        return "accepted"
+
+    assert all(reason in said for said in launch.run(attempt, 2, device="cpu", threads=1))
+
+
+def test_ranks_with_other_models_are_refused():
+    def attempt() -> str:
+        layout, model = Layout(2), network()
+        with torch.no_grad():
+            model[2].up.weight[0, 0] += torch.distributed.get_rank()
+        try:
+            hybrid.laid_out(model, layout, hybrid.mesh_of(layout))
+        except ValueError as error:
+            return str(error)
+        return "accepted"
+
+    said = launch.run(attempt, 2, device="cpu", threads=1)
+    assert all("rank 1 has another model than rank 0: 2.up.weight differs" in one for one in said)
+
+
+def test_a_stage_without_parameters_is_refused():
+    def attempt() -> str:
+        layout = Layout(pipeline=2, micro_batches=2)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(WIDTH, 10))
+        try:
+            hybrid.pipelined(model, ["0"], layout, hybrid.mesh_of(layout))
+        except ValueError as error:
+            return str(error)
+        return "accepted"
+
+    said = launch.run(attempt, 2, device="cpu", threads=1)
+    assert all("stage 0 of 2 has no parameters" in one for one in said)
