@@ -5,12 +5,13 @@ on the recorded curves, one trial at a time: what they decide depends on those n
 epochs relative to FIFO's, at the book's settings and at the best of some others.
 """
 
+import sys
 import time
 from statistics import median
 
 import torch.nn.functional as F
 
-from companion import data, devices, measure, models, ray_session, ray_tune, training
+from companion import data, devices, measure, models, ray_results, ray_session, ray_tune, training
 
 SEEDS = 5
 TRIALS = 16
@@ -54,7 +55,14 @@ def nothing(config) -> None:
 
 
 def quiet_search(function, space, **options) -> ray_tune.Search:
-    return ray_tune.search(function, space, metric="accuracy", progress=False, **options)
+    """A search of which no trial failed."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # trials need not find this file
+    found = ray_tune.search(function, space, metric="accuracy", progress=False, **options)
+    if errors := [trial.error for trial in found.trials if trial.error]:
+        raise ray_results.SearchError(f"{len(errors)} of {len(found.trials)} trials failed: {errors[0]}")
+    return found
 
 
 def recorded(seed: int) -> tuple[list[list[float]], float]:
