@@ -17,6 +17,7 @@ MODULES = (
     "fusing",
     "host",
     "hybrid",
+    "hybrid_plan",
     "kernels",
     "launch",
     "layouts",

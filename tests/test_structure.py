@@ -52,6 +52,7 @@ TECHNIQUES = {
     "model_parallel": ("pipeline",),
     "layouts": (),
     "hybrid": ("ddp", "layouts", "model_parallel", "pipeline"),
+    "hybrid_plan": ("layouts",),
     "multi_machine": ("ddp",),
     "ray_session": (),
     "ray_trials": (),
