@@ -5,11 +5,14 @@ same weights everywhere.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -159,3 +162,30 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         "gradients": own_bytes(p.grad for p in parameters if p.grad is not None),
         "optimizer state": own_bytes(t for t in states if isinstance(t, torch.Tensor) and t.dim()),
     }
+
+
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
+    """Writes a checkpoint to which each rank adds its own part; called by all ranks together.
+
+    Source: torch.distributed.checkpoint. The folder counts as written once its `.metadata` is there.
+    """
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    checkpoint.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(folder))
+
+
+def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
+    """Reads a checkpoint of `save` into a model that may be laid out over another number of ranks, or over
+    none; called by all ranks together, and nothing is changed if it fails before it reads.
+
+    Raises RuntimeError for a folder that holds no complete checkpoint, or one of another model.
+    """
+    if not Path(folder, ".metadata").is_file():
+        raise RuntimeError(f"{folder} holds no complete checkpoint: its .metadata is missing")
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        checkpoint.load(state, checkpoint_id=str(folder))
+    except checkpoint.CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise RuntimeError(f"{folder} cannot be read into this model: {first}") from error
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

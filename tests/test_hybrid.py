@@ -161,3 +161,75 @@ def test_a_stage_without_parameters_is_refused():
 
     said = launch.run(attempt, 2, device="cpu", threads=1)
     assert all("stage 0 of 2 has no parameters" in one for one in said)
+
+
+def stepped(model, optimizer, mesh, steps: int) -> list[float]:
+    x, labels = (hybrid.share(tensor, mesh) for tensor in batch())
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(hybrid.mean_loss(loss, mesh))
+    return losses
+
+
+def begun(layout: Layout):
+    mesh, model = hybrid.mesh_of(layout), network()
+    model = hybrid.laid_out(model, layout, mesh, split=SPLIT, shard=list(model))
+    return model, optimizer_of(model.parameters()), mesh
+
+
+def saved_after_two(folder: str) -> None:
+    model, optimizer, mesh = begun(Layout(4, sharding="parameters"))
+    stepped(model, optimizer, mesh, 2)
+    hybrid.save(model, optimizer, folder)
+
+
+def loaded_for_two_more(layout: Layout, folder: str) -> list[float]:
+    model, optimizer, mesh = begun(layout)
+    hybrid.load(model, optimizer, folder)
+    return stepped(model, optimizer, mesh, 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = str(tmp_path_factory.mktemp("saved") / "checkpoint")
+    launch.run(saved_after_two, 4, path, device="cpu", threads=1)
+    return path
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(2, sharding="parameters"), Layout(tensor=2)], ids=str)
+def test_what_four_ranks_saved_goes_on_on_fewer(layout, folder):
+    for losses in launch.run(loaded_for_two_more, layout.devices, layout, folder, device="cpu", threads=1):
+        assert losses == pytest.approx(plain()[2:], rel=1e-5)
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path):
+    def attempt(path: str) -> str:
+        model, optimizer, _ = begun(Layout())
+        try:
+            hybrid.load(model, optimizer, path)
+        except RuntimeError as error:
+            return str(error)
+        return "accepted"
+
+    (tmp_path / "__0_0.distcp").write_bytes(b"half")
+    (said,) = launch.run(attempt, 1, str(tmp_path), device="cpu", threads=1)
+    assert said.endswith("holds no complete checkpoint: its .metadata is missing")
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder):
+    def attempt() -> str:
+        model = nn.Sequential(*network(), nn.Linear(10, 3))
+        optimizer = optimizer_of(model.parameters())
+        try:
+            hybrid.load(model, optimizer, folder)
+        except RuntimeError as error:
+            return str(error)
+        return "accepted"
+
+    (said,) = launch.run(attempt, 1, device="cpu", threads=1)
+    assert "cannot be read into this model" in said
+    assert "5." in said, "the parameter that is missing is named"
