@@ -151,8 +151,8 @@ def read(results, metric: str, mode: str, seconds: float) -> Search:
 
     own = {*AUTO_RESULT_KEYS, "done", "trial_id", "checkpoint_dir_name", "should_checkpoint", MOMENT}
     found = []
-    configs = [trial.config for trial in results._experiment_analysis.trials]  # a result may have none
-    for result, config in zip(results, configs, strict=True):
+    # A result itself may have no configuration, and does not say that its trial never ended.
+    for result, trial in zip(results, results._experiment_analysis.trials, strict=True):
         frame = result.metrics_dataframe
         rows = [] if frame is None else frame.to_dict("records")
         rows = list({row["training_iteration"]: row for row in rows}.values())
@@ -161,14 +161,17 @@ def read(results, metric: str, mode: str, seconds: float) -> Search:
             for row in rows
         ]
         moments = [float(row.get(MOMENT, row["timestamp"])) for row in rows]
-        found.append((result.error, config, tuple(reports), moments))
+        found.append((result.error, trial, tuple(reports), moments))
     longest = max((len(reports) for *_, reports, _ in found), default=0)
     first = min((moments[0] for *_, moments in found if moments), default=0.0)
     trials = []
-    for error, config, reports, moments in found:
-        status = "failed" if error or not reports else _status(reports, metric, longest)
+    for error, trial, reports, moments in found:
+        said = _said(error) if error else None
+        if not error and trial.status not in ("TERMINATED", "ERROR"):
+            said = f"Ray ended the search while this trial was {trial.status.lower()}"
+        status = "failed" if said or not reports else _status(reports, metric, longest)
         since = tuple(moment - first for moment in moments)
-        trials.append(Trial(dict(config), reports, since, status, _said(error) if error else None))
+        trials.append(Trial(dict(trial.config), reports, since, status, said))
     return Search(metric, mode, tuple(trials), seconds)
 
 
