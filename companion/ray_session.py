@@ -20,6 +20,7 @@ from companion import host
 
 LOOPBACK = "127.0.0.1"
 _END_SECONDS = 10
+_TOO_SLOW = ("timed out during startup", "Failed to start GCS")  # what Ray says when it gives up
 _started: dict[
     str, object
 ] = {}  # the session of this process: its temporary folder, and its cluster of nodes
@@ -48,12 +49,23 @@ def start(cpus: int | None = None, gpus: int | None = None, nodes: int = 1) -> d
     `cpus` and `gpus` are those of each node: None is all that this process may use. Several `nodes` are a
     cluster that is only simulated: each has its own processes, all on this machine.
 
-    Raises RuntimeError if Ray already runs in this process, or would listen on another address than
-    loopback.
+    A machine that is so busy that Ray gives up waiting for itself is given a second chance. Raises
+    RuntimeError if Ray already runs in this process, or would listen on another address than loopback.
     """
-    ray = imported()
-    if ray.is_initialized():
+    if imported().is_initialized():
         raise RuntimeError("Ray already runs in this process: ray_session.stop() ends what start() started")
+    node = {"num_cpus": cpus or host.usable_cores(), "num_gpus": gpus, "include_dashboard": False}
+    try:
+        _begin(node, nodes)
+    except Exception as error:
+        if not any(said in str(error) for said in _TOO_SLOW):
+            raise
+        _begin(node, nodes)
+    return resources()
+
+
+def _begin(node: dict, nodes: int) -> None:
+    ray = imported()
     from ray._private import ray_constants
     from ray._private.authentication import authentication_token_setup
 
@@ -62,7 +74,6 @@ def start(cpus: int | None = None, gpus: int | None = None, nodes: int = 1) -> d
     ray_constants.ENABLE_RAY_CLUSTER = False  # or Ray replaces loopback by the address of a network card
     folder = tempfile.mkdtemp(prefix="ray-")  # short: the sockets in it may have names of 107 bytes at most
     _started.update(folder=folder, cluster=None)
-    node = {"num_cpus": cpus or host.usable_cores(), "num_gpus": gpus, "include_dashboard": False}
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if nodes == 1:
@@ -76,7 +87,6 @@ def start(cpus: int | None = None, gpus: int | None = None, nodes: int = 1) -> d
     except BaseException:
         stop()
         raise
-    return resources()
 
 
 def _simulated(nodes: int, node: dict, folder: str):

@@ -137,6 +137,22 @@ print(len({trial.reports[-1]["node"] for trial in found.trials}), {trial.status 
     assert ran.stdout.splitlines() == ["{'CPU': 2.0}", "2 {'finished'}"], ran.stderr
 
 
+def test_a_machine_that_was_too_busy_gets_a_second_chance(monkeypatch):
+    said = ["The current node timed out during startup. This could happen"]
+
+    def begin(node, nodes):
+        if said:
+            raise Exception(said.pop())
+
+    monkeypatch.setattr(ray_session, "_begin", begin)
+    monkeypatch.setattr(ray_session, "resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray_session.imported(), "is_initialized", lambda: False)
+    assert ray_session.start() == {"CPU": 1.0}
+    said += ["no such option"]
+    with pytest.raises(Exception, match="no such option"):
+        ray_session.start()
+
+
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'accelerating-pytorch\[tune\]'"):
