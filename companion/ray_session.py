@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,7 +170,9 @@ def careful() -> Iterator[None]:
         with (
             mock.patch.dict(os.environ, RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="2"),
             mock.patch("ray._private.worker.print_to_stdstream"),  # of workers that died
+            warnings.catch_warnings(),
         ):
+            warnings.filterwarnings("ignore", "Consider boosting PBT")  # by what breaks it
             yield
     finally:
         logger.setLevel(before)

@@ -97,6 +97,7 @@ class _Wanted:
         """Ray's Tuner that begins, or goes on with, the search in a folder."""
         from ray import tune
         from ray.tune.logger import JsonLoggerCallback
+        from ray.tune.schedulers import PopulationBasedTraining
 
         if tune.Tuner.can_restore(str(path)):
             return tune.Tuner.restore(
@@ -112,7 +113,8 @@ class _Wanted:
                 scheduler=self._scheduler(),
                 search_alg=self._searcher(),
                 time_budget_s=self.limit_seconds,
-                reuse_actors=True,
+                # Of the trials of PBT some were taken for finished halfway where processes were used again.
+                reuse_actors=not isinstance(self.scheduler, PopulationBasedTraining),
             ),
             run_config=tune.RunConfig(
                 name=path.name,
