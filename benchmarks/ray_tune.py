@@ -65,19 +65,24 @@ def quiet_search(function, space, **options) -> ray_tune.Search:
     return found
 
 
+def parts(seed: int) -> tuple[data.Split, data.Split]:
+    """The images that trials learn from, and those that judge them."""
+    splits = data.load("cluttered_digits", seed=seed)
+    return data.Split(splits.train.images[:IMAGES], splits.train.labels[:IMAGES]), splits.val
+
+
 def recorded(seed: int) -> tuple[list[list[float]], float]:
     """The curves of the configurations that this seed draws, and trials a minute."""
     from ray import tune
 
-    splits = data.load("cluttered_digits", seed=seed)
-    learn = data.Split(splits.train.images[:IMAGES], splits.train.labels[:IMAGES])
+    learn, judge = parts(seed)
     space = {
         "nodes_1": tune.choice(WIDTHS),
         "nodes_2": tune.choice(WIDTHS),
         "lr": tune.loguniform(1e-4, 1e-1),
         "batch_size": tune.choice(SIZES),
     }
-    shared = {"learn": learn, "judge": splits.val, "seed": seed}
+    shared = {"learn": learn, "judge": judge, "seed": seed}
     found = quiet_search(train, space, trials=TRIALS, seed=seed, shared=shared)
     curves = [[report["accuracy"] for report in trial.reports] for trial in found.trials]
     return curves, 60 * TRIALS / found.seconds
@@ -88,15 +93,14 @@ def alone(seed: int) -> float:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    splits = data.load("cluttered_digits", seed=seed)
-    learn = data.Split(splits.train.images[:IMAGES], splits.train.labels[:IMAGES])
+    learn, judge = parts(seed)
 
     def objective(trial) -> float:
         config = {name: trial.suggest_categorical(name, WIDTHS) for name in ("nodes_1", "nodes_2")}
         config["lr"] = trial.suggest_float("lr", 1e-4, 1e-1, log=True)
         config["batch_size"] = trial.suggest_categorical("batch_size", SIZES)
         reports: list[dict] = []
-        train(config, learn, splits.val, seed, reports.append)
+        train(config, learn, judge, seed, reports.append)
         return reports[-1]["accuracy"]
 
     start = time.perf_counter()

@@ -17,9 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.parallel import DistributedDataParallel
 
-from companion import launch, splitting
+from companion import ddp, launch, parity, splitting
 from companion.layouts import Layout
 from companion.pipeline import Pipeline
 
@@ -39,7 +38,10 @@ def mesh_of(layout: Layout) -> DeviceMesh:
 
 def check_equal(model: nn.Module) -> None:
     """Raises ValueError, on all ranks, unless all have a model with the same parameters and values."""
-    own = [(name, tuple(p.shape), float(p.detach().double().sum())) for name, p in model.named_parameters()]
+    own = [
+        (name, tuple(p.shape), parity.fingerprint(nn.ParameterList([p])))
+        for name, p in model.named_parameters()
+    ]
     every: list[list] = [[]] * dist.get_world_size()
     dist.all_gather_object(every, own)
     for rank, other in enumerate(every):
@@ -77,7 +79,7 @@ def laid_out(
         for module in shard:
             fully_shard(module, mesh=mesh["data"])
         return fully_shard(model, mesh=mesh["data"])
-    return DistributedDataParallel(model, process_group=mesh["data"].get_group())
+    return ddp.wrap(model, process_group=mesh["data"].get_group())
 
 
 def _check(model: nn.Module, layout: Layout, split: Mapping[str, str]) -> None:
@@ -126,7 +128,7 @@ def pipelined(
     data = mesh["data"].get_group()
 
     def wrap(stage: nn.Module) -> nn.Module:
-        return DistributedDataParallel(stage, process_group=data) if layout.data > 1 else stage
+        return ddp.wrap(stage, process_group=data) if layout.data > 1 else stage
 
     pipelines = mesh["pipeline"].get_group()
     return Pipeline(stages, schedule, layout.micro_batches, loss_function, group=pipelines, wrap=wrap)

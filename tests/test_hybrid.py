@@ -51,30 +51,43 @@ def plain() -> list[float]:
 SPLIT = {f"{i}.{name}": style for i in range(4) for name, style in (("up", "column"), ("down", "row"))}
 
 
-def trained(layout: Layout) -> tuple[list[float], dict[str, int]]:
-    mesh, model, losses = hybrid.mesh_of(layout), network(), []
-    x, labels = (hybrid.share(tensor, mesh) for tensor in batch())
+def begun(layout: Layout):
+    mesh, model = hybrid.mesh_of(layout), network()
     model = hybrid.laid_out(model, layout, mesh, split=SPLIT, shard=list(model))
-    optimizer = optimizer_of(model.parameters())
-    for _ in range(STEPS):
-        optimizer.zero_grad()
+    return model, optimizer_of(model.parameters()), mesh
+
+
+def stepped(model, optimizer, mesh, steps: int) -> list[float]:
+    def backward(x, labels):
         loss = F.cross_entropy(model(x), labels)
         loss.backward()
+        return loss
+
+    return repeated(backward, optimizer, mesh, steps)
+
+
+def repeated(backward, optimizer, mesh, steps: int) -> list[float]:
+    """The mean losses of some steps on this rank's share; `backward(x, labels)` gives each one's own."""
+    x, labels = (hybrid.share(tensor, mesh) for tensor in batch())
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = backward(x, labels)
         optimizer.step()
         losses.append(hybrid.mean_loss(loss, mesh))
-    return losses, hybrid.held_bytes(model, optimizer)
+    return losses
+
+
+def trained(layout: Layout) -> tuple[list[float], dict[str, int]]:
+    model, optimizer, mesh = begun(layout)
+    return stepped(model, optimizer, mesh, STEPS), hybrid.held_bytes(model, optimizer)
 
 
 def trained_in_stages(layout: Layout) -> tuple[list[float], dict[str, int]]:
-    mesh, losses = hybrid.mesh_of(layout), []
-    x, labels = (hybrid.share(tensor, mesh) for tensor in batch())
+    mesh = hybrid.mesh_of(layout)
     pipeline = hybrid.pipelined(network(), ["add_1"], layout, mesh)
     optimizer = optimizer_of(pipeline.own.parameters())
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss = pipeline.step(x, labels)
-        optimizer.step()
-        losses.append(hybrid.mean_loss(loss, mesh))
+    losses = repeated(pipeline.step, optimizer, mesh, STEPS)
     return losses, hybrid.held_bytes(pipeline.own, optimizer)
 
 
@@ -161,24 +174,6 @@ def test_a_stage_without_parameters_is_refused():
 
     said = launch.run(attempt, 2, device="cpu", threads=1)
     assert all("stage 0 of 2 has no parameters" in one for one in said)
-
-
-def stepped(model, optimizer, mesh, steps: int) -> list[float]:
-    x, labels = (hybrid.share(tensor, mesh) for tensor in batch())
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), labels)
-        loss.backward()
-        optimizer.step()
-        losses.append(hybrid.mean_loss(loss, mesh))
-    return losses
-
-
-def begun(layout: Layout):
-    mesh, model = hybrid.mesh_of(layout), network()
-    model = hybrid.laid_out(model, layout, mesh, split=SPLIT, shard=list(model))
-    return model, optimizer_of(model.parameters()), mesh
 
 
 def saved_after_two(folder: str) -> None:

@@ -191,11 +191,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_right_is_refused_before_work_starts(message):
-    start = time.monotonic()
+def test_what_cannot_be_right_is_refused_before_work_starts(message, monkeypatch):
+    monkeypatch.delattr(ray_tune._Wanted, "tuner")  # nothing could be started
     with pytest.raises(ValueError, match=message):
         search(**REFUSED[message])
-    assert time.monotonic() - start < 2
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path):
