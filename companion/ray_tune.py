@@ -97,7 +97,7 @@ class _Wanted:
         """Ray's Tuner that begins, or goes on with, the search in a folder."""
         from ray import tune
         from ray.tune.logger import JsonLoggerCallback
-        from ray.tune.schedulers import PopulationBasedTraining
+        from ray.tune.schedulers import PopulationBasedTraining, PopulationBasedTrainingReplay
 
         if tune.Tuner.can_restore(str(path)):
             return tune.Tuner.restore(
@@ -114,7 +114,9 @@ class _Wanted:
                 search_alg=self._searcher(),
                 time_budget_s=self.limit_seconds,
                 # Of the trials of PBT some were taken for finished halfway where processes were used again.
-                reuse_actors=not isinstance(self.scheduler, PopulationBasedTraining),
+                reuse_actors=not isinstance(
+                    self.scheduler, (PopulationBasedTraining, PopulationBasedTrainingReplay)
+                ),
             ),
             run_config=tune.RunConfig(
                 name=path.name,
