@@ -5,6 +5,7 @@ import importlib
 MODULES = (
     "checkpoint",
     "checks",
+    "clusters",
     "collectives",
     "data",
     "data_parallel",
@@ -17,7 +18,10 @@ MODULES = (
     "fusing",
     "host",
     "hybrid",
+    "hybrid_figures",
+    "hybrid_machine",
     "hybrid_plan",
+    "hybrid_steps",
     "kernels",
     "launch",
     "layouts",

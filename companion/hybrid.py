@@ -15,10 +15,9 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from companion import ddp, launch, parity, splitting
+from companion import ddp, launch, memory, parity, splitting
 from companion.layouts import Layout
 from companion.pipeline import Pipeline
 
@@ -150,7 +149,7 @@ def mean_loss(loss: torch.Tensor, mesh: DeviceMesh) -> float:
 
 def own_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the parts of these tensors that this rank holds."""
-    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+    return sum(memory.local(tensor).nbytes for tensor in tensors)
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -1,87 +1,104 @@
-"""Which layout for which machine: a model described, a machine measured, all layouts ranked by `layouts`.
+"""Which layout for which machine: a job described, all layouts of a cluster ranked by `layouts`.
 
-found = launch.run(hybrid_plan.measured_cluster, 4, model, example)[0]  # this machine, quickly measured
-plan = hybrid_plan.plan(model, example, 64, found, blocks=list(model.blocks), splits=8)
-print(plan.table())
+found = launch.run(hybrid_machine.measured, 4, job)[0]  # this machine, quickly measured
+print(hybrid_plan.plan(job, found).table())
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from companion import collectives, host, launch, layouts, measure, memory, tables
-from companion.layouts import Cluster, Estimate, Link, Workload
+from companion import layouts, measure, memory, tables
+from companion.clusters import Cluster
+from companion.hybrid_steps import Job
+from companion.layouts import Estimate, Workload
 
-SIZES = (4 * 2**10, 2**18, 2**22)  # bytes of the all-reduces that are timed: the latency, between, the rate
+EXAMPLES = 8  # images with which a model is described
 
 
-def workload(
-    model: nn.Module, example: torch.Tensor, blocks: Sequence[nn.Module], splits: int = 1
-) -> Workload:
-    """A model as the formulas see it, from one forward pass on `example` `[N, ...]` of float32.
-
-    `blocks` are its equal layers, one after the other, between which it can be cut; `splits` is what tensor
-    parallelism must divide, such as the number of heads. Training is in float32, by Adam.
+def workload(job: Job) -> Workload:
+    """A job as the formulas see it, from forward passes of its model on some of its images, in float32, to be
+    trained by Adam. Without `split` everything counts as split.
 
     Raises ValueError if the blocks are not in the model, or do not hand on one tensor.
     """
-    inside = set(model.modules())
-    if not blocks or any(block not in inside for block in blocks):
-        raise ValueError("blocks must be modules of the model: its equal layers, in order")
-    handed_on: list[torch.Tensor] = []
+    model, example = job.make(), job.images[:EXAMPLES]
+    modules = dict(model.named_modules())
+    if not job.blocks or any(name not in modules for name in job.blocks):
+        raise ValueError(f"blocks={list(job.blocks)} must be names of the model's equal layers, in order")
+    blocks, handed_on = [modules[name] for name in job.blocks], []
     hook = blocks[0].register_forward_hook(lambda block, given, output: handed_on.append(output))
-    try:
-        with memory.SavedBytes(model, example) as saved:
-            kept = model(example)
-    finally:
-        hook.remove()
-    if not handed_on or not isinstance(handed_on[0], torch.Tensor):
+    whole = _Cost.of(model, example)
+    hook.remove()
+    if not isinstance(handed_on[0], torch.Tensor):
         raise ValueError(f"{type(blocks[0]).__name__} hands on no single tensor")
-    many, most = len(example), saved.most
-    del kept
+    kept, part = _Cost(0, 0, 0), min((n for n in range(2, job.splits + 1) if job.splits % n == 0), default=1)
+    if job.split and part > 1:  # what is left, beyond its share, where split layers are `part` times smaller
+        kept = whole.unsplit(_Cost.of(_narrowed(model, job.split, part), example), part)
+    many = len(example)
     return Workload(
-        parameters=memory.parameters(model),
+        parameters=whole.parameters,
         layers=len(blocks),
-        splits=splits,
-        forward_flops=2 * measure.macs(model, example) / many,
+        splits=job.splits,
+        forward_flops=2 * whole.macs / many,
         boundary_bytes=handed_on[0].nbytes / many,
-        saved_bytes=most / many,
+        saved_bytes=whole.saved_bytes / many,
+        reduces=list(job.split.values()).count("row") / len(blocks) if job.split else 2.0,
+        whole_parameters=kept.parameters,
+        whole_flops=2 * kept.macs / many,
+        whole_saved_bytes=kept.saved_bytes / many,
+        outside_parameters=_outside(model, blocks) if kept.parameters else (0, 0),
     )
 
 
-def measured_cluster(model: nn.Module, example: torch.Tensor, rounds: int = 5) -> Cluster:
-    """This machine as a cluster of one node, a device for each rank; called in each rank.
-
-    What a device computes in a second is taken from forward and backward of the model itself, on all ranks at
-    once; the link from all-reduces of several sizes.
-    """
-    ranks, here = dist.get_world_size(), launch.device()
-    model, example = model.to(here), example.to(here)
-
-    def step() -> None:
-        model.zero_grad()
-        model(example).sum().backward()
-
-    seconds = collectives.compare({"step": step}, rounds)["step"].median
-    flops = 3 * 2 * measure.macs(model, example) / seconds
-    link = Link(0.0, float("inf"))
-    if ranks > 1:
-        line = collectives.AllReduce.fitted(collectives.all_reduce_seconds(SIZES))
-        link = link_of(line, ranks)
-    if here.type == "cuda":
-        room = torch.cuda.get_device_properties(here).total_memory
-    else:
-        room = host.usable_memory_bytes() / ranks
-    return Cluster(ranks, ranks, flops, room, link, link, f"measured here, {ranks} ranks on {here.type}")
+def _outside(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[int, int]:
+    """How many of the model's parameters come before its blocks, and how many after them."""
+    inside = [id(p) for block in blocks for p in block.parameters()]
+    order = [id(p) for p in model.parameters()]
+    before = order[: order.index(inside[0])]
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    total, first = sum(sizes.values()), sum(sizes[one] for one in before)
+    return first, total - first - sum(sizes[one] for one in inside)
 
 
-def link_of(line: collectives.AllReduce, ranks: int) -> Link:
-    """The link whose ring all-reduce over so many ranks takes as long as this line says."""
-    steps = 2 * (ranks - 1)
-    return Link(line.latency_seconds / steps, line.bytes_per_second * steps / ranks)
+@dataclass(frozen=True)
+class _Cost:
+    """Parameters of a model, multiply-accumulates of its forward pass, bytes that it keeps for backward."""
+
+    parameters: float
+    macs: float
+    saved_bytes: float
+
+    @classmethod
+    def of(cls, model: nn.Module, example: torch.Tensor) -> "_Cost":
+        with memory.SavedBytes(model, example) as saved:
+            kept = model(example)
+        del kept
+        return cls(memory.parameters(model), measure.macs(model, example), saved.most)
+
+    def unsplit(self, smaller: "_Cost", part: int) -> "_Cost":
+        """What is not split, where a model that is split `part` times costs `smaller`: whole + split = self,
+        whole + split / part = smaller.
+        """
+        pairs = zip(astuple(self), astuple(smaller), strict=True)
+        return _Cost(*(less - (most - less) / (part - 1) for most, less in pairs))
+
+
+def _narrowed(model: nn.Module, split: Mapping[str, str], part: int) -> nn.Module:
+    """A copy in which every split layer has what one of `part` ranks has of it."""
+    small = copy.deepcopy(model)
+    for name, style in split.items():
+        layer = small.get_submodule(name)
+        features = {"column": ("out_features", 0), "row": ("in_features", 1)}
+        attribute, dimension = features[style]
+        setattr(layer, attribute, getattr(layer, attribute) // part)
+        layer.weight = nn.Parameter(layer.weight.detach().chunk(part, dimension)[0].clone())
+        if style == "column" and layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.detach().chunk(part)[0].clone())
+    return small
 
 
 @dataclass(frozen=True)
@@ -109,25 +126,16 @@ class Plan:
         return tables.Table(("layout (model, not measurement)", "ms", *terms, "MiB", ""), rows)
 
 
-def plan(
-    model: nn.Module,
-    example: torch.Tensor,
-    batch_size: int,
-    cluster: Cluster,
-    *,
-    blocks: Sequence[nn.Module],
-    splits: int = 1,
-    micro_batches: int = 8,
-) -> Plan:
-    """All layouts of the cluster's devices for a training step on `batch_size` samples.
+def plan(job: Job, cluster: Cluster, micro_batches: int = 8) -> Plan:
+    """All layouts of the cluster's devices for a training step of the job.
 
-    Raises ValueError if no layout is possible at all.
+    Raises ValueError if no layout is possible at all; see also `workload`.
     """
-    work = workload(model, example, blocks, splits)
-    fit, too_large = layouts.ranked(work, batch_size, cluster, micro_batches)
+    work, many = workload(job), len(job.images)
+    fit, too_large = layouts.ranked(work, many, cluster, micro_batches)
     if not fit and not too_large:
         raise ValueError(
-            f"no layout of {cluster.devices} devices divides batch_size={batch_size}, {len(blocks)} blocks "
-            f"and splits={splits}"
+            f"no layout of {cluster.devices} devices divides the batch of {many}, {len(job.blocks)} blocks "
+            f"and splits={job.splits}"
         )
     return Plan(cluster, tuple(fit), tuple(too_large))

@@ -10,52 +10,9 @@ import itertools
 from dataclasses import dataclass
 from math import prod
 
+from companion.clusters import Cluster
+
 SHARDINGS = ("none", "optimizer", "gradients", "parameters")  # ZeRO's stages 0 to 3; the last one is FSDP
-
-
-@dataclass(frozen=True)
-class Link:
-    """A connection of a device: seconds before anything arrives, and bytes a second after that."""
-
-    latency_seconds: float
-    bytes_per_second: float
-
-    def send(self, size: float) -> float:
-        """Seconds for so many bytes to one other device."""
-        return self.latency_seconds + size / self.bytes_per_second
-
-    def gather(self, size: float, ranks: int) -> float:
-        """Seconds of a ring all-gather that leaves `size` bytes on each rank; a reduce-scatter takes as long.
-
-        Each rank sends (n - 1) / n of the bytes in n - 1 steps. Source: Thakur et al. 2005, "Optimization of
-        Collective Communication Operations in MPICH", section 4.1.
-        """
-        if ranks == 1:
-            return 0.0
-        return (ranks - 1) * self.latency_seconds + (ranks - 1) / ranks * size / self.bytes_per_second
-
-    def reduce(self, size: float, ranks: int) -> float:
-        """Seconds of a ring all-reduce of `size` bytes: a reduce-scatter and an all-gather."""
-        return 2 * self.gather(size, ranks)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Devices in nodes. `flops` are what a device reaches in practice, a second; `inside` links devices of a
-    node, `between` is a device's share of what links nodes. `source` says where the figures are from.
-    """
-
-    devices: int
-    per_node: int
-    flops: float
-    memory_bytes: float
-    inside: Link
-    between: Link
-    source: str
-
-    def link(self, reach: int) -> Link:
-        """The slowest link of a group of ranks that lies within `reach` neighbouring devices."""
-        return self.inside if reach <= self.per_node else self.between
 
 
 @dataclass(frozen=True)
@@ -64,7 +21,12 @@ class Workload:
 
     `layers` are equal and can be cut between; `splits` is what tensor parallelism must divide, such as heads.
     `boundary_bytes` go from one layer to the next, `saved_bytes` are kept for backward by all layers
-    together. `passes` is 3 (backward is twice forward), 4 where forward is computed again in backward.
+    together. `passes` is 3 (backward is twice forward), 4 where forward is computed again in backward. Where
+    a layer is split, its forward needs `reduces` all-reduces of the boundary, a transformer's two.
+
+    Tensor parallelism does not split everything: `whole_parameters`, `whole_flops` and `whole_saved_bytes`
+    say how much of each every device of a layer has. `outside_parameters`, a part of the whole ones, are
+    those before and those after the equal layers, which stay in the first and in the last stage.
     """
 
     parameters: float
@@ -77,6 +39,61 @@ class Workload:
     gradient_bytes: int = 4
     optimizer_bytes: int = 8
     passes: int = 3
+    reduces: float = 2.0
+    whole_parameters: float = 0.0
+    whole_flops: float = 0.0
+    whole_saved_bytes: float = 0.0
+    outside_parameters: tuple[float, float] = (0.0, 0.0)
+
+    def own_parameters(self, tensor: int, pipeline: int) -> float:
+        """Parameters that a device works with, in the largest stage."""
+        first, last = self.outside_parameters
+        inside = self.whole_parameters - first - last
+        split = (self.parameters - self.whole_parameters) / tensor
+        return (split + inside) / pipeline + (max(first, last) if pipeline > 1 else first + last)
+
+    def own_flops(self, tensor: int, pipeline: int) -> float:
+        """FLOPs of a sample's forward pass on a device."""
+        return ((self.forward_flops - self.whole_flops) / tensor + self.whole_flops) / pipeline
+
+    def own_saved_bytes(self, tensor: int, pipeline: int) -> float:
+        """Bytes of a sample's activations that a device keeps."""
+        return ((self.saved_bytes - self.whole_saved_bytes) / tensor + self.whole_saved_bytes) / pipeline
+
+
+def gpt(
+    heads: int,
+    hidden: int,
+    layers: int,
+    sequence: int = 2048,
+    vocabulary: int = 51200,
+    recompute: bool = True,
+) -> Workload:
+    """A GPT in mixed precision, trained by Adam; a sample is a sequence.
+
+    With `recompute` a layer keeps its input alone and is computed again in backward. Sources: Narayanan et
+    al. 2021, equations 2 and 3; without it, Korthikanti et al. 2022, equation 2.
+    """
+    h, s, v = hidden, sequence, vocabulary
+    parameters = 12 * layers * h**2 * (1 + 13 / (12 * h) + (v + s) / (12 * layers * h))
+    forward = 24 * s * layers * h**2 * (1 + s / (6 * h) + v / (16 * layers * h))
+    boundary = 2 * s * h
+    saved, whole, passes = boundary, boundary, 4
+    if not recompute:
+        saved, whole, passes = s * h * (34 + 5 * heads * s / h), 10 * s * h, 3
+    return Workload(
+        parameters,
+        layers,
+        heads,
+        forward,
+        boundary,
+        layers * saved,
+        weight_bytes=2,
+        gradient_bytes=2,
+        optimizer_bytes=12,
+        passes=passes,
+        whole_saved_bytes=layers * whole,
+    )
 
 
 @dataclass(frozen=True, order=True)
@@ -136,12 +153,12 @@ def why_not(layout: Layout, work: Workload, batch_size: int, devices: int) -> st
 
 
 def held_bytes(layout: Layout, work: Workload, batch_size: int) -> dict[str, float]:
-    """Bytes of each device: parameters, gradients, optimizer state and activations.
+    """Bytes of the fullest device: parameters, gradients, optimizer state and activations.
 
     Sources: Rajbhandari et al. 2020, "ZeRO", section 5; for the activations of 1F1B, where no more
     micro-batches are under way than there are stages, Narayanan et al. 2021, section 2.2.
     """
-    mine = work.parameters / (layout.tensor * layout.pipeline)
+    mine = work.own_parameters(layout.tensor, layout.pipeline)
     stage = SHARDINGS.index(layout.sharding)
     shares = {
         "optimizer state": (work.optimizer_bytes, stage >= 1),
@@ -151,39 +168,71 @@ def held_bytes(layout: Layout, work: Workload, batch_size: int) -> dict[str, flo
     found = {name: mine * size / (layout.data if shared else 1) for name, (size, shared) in shares.items()}
     part = batch_size / (layout.data * layout.micro_batches)
     under_way = min(layout.pipeline, layout.micro_batches) if layout.pipeline > 1 else 1
-    found["activations"] = part * under_way * work.saved_bytes / (layout.tensor * layout.pipeline)
+    found["activations"] = part * under_way * work.own_saved_bytes(layout.tensor, layout.pipeline)
     return found
 
 
-def step_seconds(layout: Layout, work: Workload, batch_size: int, cluster: Cluster) -> dict[str, float]:
-    """Seconds of a training step by term: compute, tensor, pipeline, bubble and data.
+def sent_bytes(layout: Layout, work: Workload, batch_size: int) -> dict[str, float]:
+    """Bytes that a device sends in a step, the mean of all, by the dimension that they serve.
 
-    A layer that is split needs two all-reduces of its boundary in forward, as many in backward, and two more
-    where forward is computed again. Ranks of the tensor dimension are neighbours, those of the data dimension
-    come next, stages are furthest apart. Sources: Shoeybi et al. 2019, "Megatron-LM", section 3; Narayanan et
-    al. 2021, sections 2 and 3.
+    A layer that is split needs as many all-reduces in backward as in forward, and once more as many where
+    forward is computed again. Sharded parameters are gathered for forward and again for backward, and
+    their gradients reduced and scattered; else gradients are all-reduced.
+    """
+    d, t, p = layout.data, layout.tensor, layout.pipeline
+    boundary = batch_size / d * work.boundary_bytes
+    mine = work.own_parameters(t, p)
+    each = (work.weight_bytes, work.weight_bytes, work.gradient_bytes)
+    sizes = each if layout.sharding == "parameters" else (work.gradient_bytes, work.gradient_bytes)
+    return {
+        "tensor": work.layers / p * work.reduces * (work.passes - 1) * 2 * (t - 1) / t * boundary,
+        "pipeline": 2 * (p - 1) / p * boundary,
+        "data": (d - 1) / d * mine * sum(sizes),
+    }
+
+
+def step_seconds(layout: Layout, work: Workload, batch_size: int, cluster: Cluster) -> dict[str, float]:
+    """Seconds of a training step by term: compute, tensor, pipeline, bubble, data and update.
+
+    Messages are those of `sent_bytes`. Ranks of the tensor dimension are neighbours, those of the data
+    dimension come next, stages are furthest apart. In the bubble only some stages compute, and those that
+    share cores with the others then do so faster. Sources: Shoeybi et al. 2019, "Megatron-LM", section 3;
+    Narayanan et al. 2021, sections 2 and 3.
     """
     d, t, p, m = layout.data, layout.tensor, layout.pipeline, layout.micro_batches
     samples = batch_size / (d * m)  # of a micro-batch
     boundary = samples * work.boundary_bytes
-    compute = work.passes * work.forward_flops * samples / (t * p) / cluster.flops
-    split = work.layers / p * 2 * (work.passes - 1) * cluster.link(t).reduce(boundary, t)
-    moved = 2 * cluster.link(d * t * p).send(boundary / t) if p > 1 else 0.0
-    once = compute + split + moved
-    weights = work.parameters / (t * p)
+    own_layers, fixed = work.layers / p, cluster.overheads
+    compute = work.passes * work.own_flops(t, p) * samples / cluster.flops + own_layers * fixed.layer
+    split = own_layers * work.reduces * (work.passes - 1) * cluster.link(t).reduce(boundary, t)
+    split += own_layers * fixed.tensor if t > 1 else 0.0
+    moved = 2 * cluster.link(d * t * p).send(boundary / t) + fixed.pipeline if p > 1 else 0.0
+    weights = work.own_parameters(t, p)
     network = cluster.link(d * t)
     data = network.reduce(weights * work.gradient_bytes, d)
-    if layout.sharding == "parameters":  # gathered for forward and again for backward, gradients scattered
-        sizes = (work.weight_bytes, work.weight_bytes, work.gradient_bytes)
-        data = sum(network.gather(weights * size, d) for size in sizes)
-    bubble = once * (p - 1)
+    if layout.sharding == "parameters" and d > 1:  # each layer gathered twice, its gradients scattered
+        part = weights / own_layers
+        twice, once = (
+            network.gather(part * work.weight_bytes, d),
+            network.scatter(part * work.gradient_bytes, d),
+        )
+        data = own_layers * (2 * twice + once + fixed.sharded)
+    slots = sum(cluster.slot(d * t * stages) for stages in busy_stages(layout))
+    updated = weights / (d if layout.sharding != "none" else 1)
     return {
         "compute": m * compute,
         "tensor": m * split,
         "pipeline": m * moved,
-        "bubble": bubble,
+        "bubble": (compute + split + moved) * (slots - m),
         "data": data,
+        "update": updated / cluster.updates,
     }
+
+
+def busy_stages(layout: Layout) -> list[int]:
+    """How many stages work in each slot of a pipeline of equal slots: it fills, and runs empty."""
+    p, m = layout.pipeline, layout.micro_batches
+    return [min(slot + 1, p, m, m + p - 1 - slot) for slot in range(m + p - 1)]
 
 
 def estimate(layout: Layout, work: Workload, batch_size: int, cluster: Cluster) -> Estimate:

@@ -4,7 +4,7 @@ size misleads.
 
 import io
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -84,22 +84,22 @@ def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu
 class SavedBytes:
     """Counts the bytes that autograd keeps for the backward passes of what runs inside; `most` is their peak.
 
-    Tensors of `model` and `others`, which are there anyway, do not count; what several operators save counts
-    once.
+    Tensors of `model` and `others`, which are there anyway, do not count, nor do parameters that the model
+    has only for a while (those that FSDP gathers); what several operators save counts once. Of a tensor that
+    is shared out over ranks, this rank's part counts.
     """
 
     def __init__(self, model: nn.Module, *others: torch.Tensor):
         self.now = self.most = 0
-        self.known = {
-            tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *others)
-        }
+        self.model = model
+        self.known = _storages((*model.parameters(), *model.buffers(), *others))
         self.holders: dict[int, int] = {}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda holder: holder.tensor)
 
     def _pack(self, tensor: torch.Tensor) -> "_Holder":
-        holder, storage = _Holder(tensor), tensor.untyped_storage()
+        holder, storage = _Holder(tensor), local(tensor).untyped_storage()
         key = storage.data_ptr()
-        if key not in self.known:
+        if key in self.holders or key not in self.known | _storages(self.model.parameters()):
             self.holders[key] = self.holders.get(key, 0) + 1
             if self.holders[key] == 1:
                 self.now += storage.nbytes()
@@ -118,6 +118,16 @@ class SavedBytes:
 
     def __exit__(self, *error) -> None:
         self.hooks.__exit__(*error)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that may be shared out over ranks (a DTensor)."""
+    with torch.no_grad():
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
+    return {local(tensor).untyped_storage().data_ptr() for tensor in tensors}
 
 
 class _Holder:

@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -127,6 +128,64 @@ class EncoderClassifier(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.encoder(self.embed(x) + self.position).mean(1))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and a network of two layers, each added to what comes in `[N, steps, width]`.
+
+    Queries, keys and values of a head lie side by side in `qkv`, so that its outputs can be shared out by
+    heads (tensor parallel). Source: Vaswani et al. 2017, with the normalisation first; Shoeybi et al. 2019.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.head_width = width // heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.qkv(self.norm_1(x)).unflatten(-1, (-1, 3, self.head_width))  # [N, steps, heads, 3, each]
+        q, k, v = heads.permute(3, 0, 2, 1, 4).unbind(0)  # [N, heads, steps, each]
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """A transformer over the patches of images `[N, 3, pixels, pixels]`, giving logits `[N, classes]` of
+    their mean.
+
+    Source: Dosovitskiy et al. 2021, without its class token.
+    """
+
+    def __init__(
+        self,
+        classes: int = 10,
+        width: int = 256,
+        layers: int = 4,
+        heads: int = 8,
+        patch: int = 8,
+        pixels: int = 32,
+    ):
+        super().__init__()
+        if pixels % patch or width % heads:
+            raise ValueError(f"patch={patch} must divide pixels={pixels}, and heads={heads} width={width}")
+        self.embed = nn.Conv2d(3, width, patch, patch)
+        self.position = nn.Parameter(0.02 * torch.randn((pixels // patch) ** 2, width))
+        self.blocks = nn.Sequential(*[TransformerBlock(width, heads) for _ in range(layers)])
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        steps = self.embed(x).flatten(2).transpose(1, 2) + self.position  # [N, patches, width]
+        return self.head(self.blocks(steps).mean(1))
+
+    def split(self) -> dict[str, str]:
+        """Which layers tensor parallelism splits, by name: "column" by outputs, "row" by inputs."""
+        styles = {"qkv": "column", "out": "row", "up": "column", "down": "row"}
+        return {
+            f"blocks.{i}.{name}": style for i in range(len(self.blocks)) for name, style in styles.items()
+        }
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"lenet5": LeNet5, "resnet18": resnet18, "alexnet": AlexNet}

@@ -70,17 +70,18 @@ class _Stage(pipelining.PipelineStage):
         return super()._get_init_p2p_neighbors_ops() if right else []
 
 
-class _OnDevice(nn.Module):
-    """A stage on a GPU that hands on tensors through main memory: gloo, which ranks that share a GPU need,
-    sends only those.
+class _Sendable(nn.Module):
+    """A stage that hands on what can be sent: a tensor in one piece of memory, and in main memory where gloo,
+    which ranks that share a GPU need, sends only from there.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device):
+    def __init__(self, module: nn.Module, device: torch.device, staged: bool):
         super().__init__()
-        self.module, self.device = module.to(device), device
+        self.module, self.device, self.staged = module.to(device), device, staged
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.module(x.to(self.device)).cpu()
+        output = self.module(x.to(self.device)).contiguous()
+        return output.cpu() if self.staged else output
 
 
 class Pipeline:
@@ -199,14 +200,13 @@ class Pipeline:
                 else None
             ]
             dist.broadcast_object_list(answer, group_src=index % self.ranks, group=self.group)
-            shape, stride, dtype = answer[0]
-            handed_on = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            shape, dtype = answer[0]
+            handed_on = torch.empty(shape, dtype=dtype, device="meta")
             shapes.append(handed_on.requires_grad_(dtype.is_floating_point))
         staged = here.type == "cuda" and dist.get_backend(self.group) == "gloo"
         self.stages = []
         for name, module in self.own.items():
-            module, index = self.wrap(module), int(name)
-            module = _OnDevice(module, here) if staged else module
+            module, index = self.wrap(_Sendable(module, here, staged)), int(name)
             place, passed = torch.device("cpu") if staged else here, shapes[index : index + 2]
             self.stages.append(_Stage(module, index, self.count, place, *passed, self.group))
         schedule = SCHEDULES[self.name]
@@ -246,8 +246,8 @@ class Pipeline:
 
 def _output(
     module: nn.Module, given: torch.Tensor, device: torch.device, index: int, count: int
-) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
-    """Shape, strides and type of what a stage gives; nothing of it is changed."""
+) -> tuple[torch.Size, torch.dtype]:
+    """Shape and type of what a stage gives; nothing of it is changed."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -259,4 +259,4 @@ def _output(
     except Exception as error:
         error.add_note(f"in stage {index} of {count}, first run, on zeros of shape {tuple(given.shape)}")
         raise
-    return output.shape, output.stride(), output.dtype
+    return output.shape, output.dtype

@@ -30,10 +30,12 @@ class _Tracer(fx.Tracer):
         return any(module is one for one in self.closed) or super().is_leaf_module(module, name)
 
 
-def _trace(model: nn.Module) -> fx.GraphModule:
-    """The model's forward as a graph. The children of a plain nn.Sequential need not be traceable."""
+def _trace(model: nn.Module, closed: Sequence[nn.Module] = ()) -> fx.GraphModule:
+    """The model's forward as a graph, `closed` modules as single nodes. The children of a plain nn.Sequential
+    need not be traceable.
+    """
     try:
-        return fx.GraphModule(model, _Tracer().trace(model))
+        return fx.GraphModule(model, _Tracer(closed).trace(model))
     except Exception as error:
         if isinstance(model, nn.Sequential):
             return fx.GraphModule(model, _Tracer(list(model)).trace(model))
@@ -88,14 +90,15 @@ def _cuts(graph: fx.GraphModule) -> dict[str, fx.Node]:
 
 
 def split(model: nn.Module, at: str | Sequence[str]) -> list[nn.Module]:
-    """Stages of `model`, cut after each layer named in `at` ("features.5"); they share the model's parameters
-    and buffers.
+    """Stages of `model`, cut after each layer or block named in `at` ("features.5"); they share the model's
+    parameters and buffers.
 
     Any model will do whose forward torch.fx can follow, and any nn.Sequential. Raises SplitError, a
     ValueError: for a name after which no cut is possible, saying what else would have to be sent; for
     parameters used on both sides of a cut; for forwards that cannot be followed.
     """
-    graph, at = _trace(model), [at] if isinstance(at, str) else at
+    at, modules = [at] if isinstance(at, str) else at, dict(model.named_modules())
+    graph = _trace(model, [modules[name] for name in at if name in modules])
     cuts = _cuts(graph)
     for name in at:
         if name not in cuts:

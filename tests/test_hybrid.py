@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from companion import hybrid, launch, layouts
+from companion import hybrid, hybrid_plan, hybrid_steps, launch, layouts
+from companion.hybrid_steps import Job, Laid
 from companion.layouts import Layout
 
 WIDTH, BATCH, STEPS = 16, 16, 4
@@ -22,7 +23,8 @@ class Block(nn.Module):
 
 def network(blocks: int = 4) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(*[Block(WIDTH) for _ in range(blocks)], nn.Linear(WIDTH, 10))
+    parts = [Block(WIDTH) for _ in range(blocks)]
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), *parts, nn.Linear(WIDTH, 10))
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,47 +50,16 @@ def plain() -> list[float]:
     return losses
 
 
-SPLIT = {f"{i}.{name}": style for i in range(4) for name, style in (("up", "column"), ("down", "row"))}
+BLOCKS = [str(i) for i in range(1, 5)]
+SPLIT = {f"{i}.{name}": style for i in BLOCKS for name, style in (("up", "column"), ("down", "row"))}
 
 
-def begun(layout: Layout):
-    mesh, model = hybrid.mesh_of(layout), network()
-    model = hybrid.laid_out(model, layout, mesh, split=SPLIT, shard=list(model))
-    return model, optimizer_of(model.parameters()), mesh
+def job() -> Job:
+    return Job(network, *batch(), BLOCKS, SPLIT, WIDTH, optimizer_of)
 
 
-def stepped(model, optimizer, mesh, steps: int) -> list[float]:
-    def backward(x, labels):
-        loss = F.cross_entropy(model(x), labels)
-        loss.backward()
-        return loss
-
-    return repeated(backward, optimizer, mesh, steps)
-
-
-def repeated(backward, optimizer, mesh, steps: int) -> list[float]:
-    """The mean losses of some steps on this rank's share; `backward(x, labels)` gives each one's own."""
-    x, labels = (hybrid.share(tensor, mesh) for tensor in batch())
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = backward(x, labels)
-        optimizer.step()
-        losses.append(hybrid.mean_loss(loss, mesh))
-    return losses
-
-
-def trained(layout: Layout) -> tuple[list[float], dict[str, int]]:
-    model, optimizer, mesh = begun(layout)
-    return stepped(model, optimizer, mesh, STEPS), hybrid.held_bytes(model, optimizer)
-
-
-def trained_in_stages(layout: Layout) -> tuple[list[float], dict[str, int]]:
-    mesh = hybrid.mesh_of(layout)
-    pipeline = hybrid.pipelined(network(), ["add_1"], layout, mesh)
-    optimizer = optimizer_of(pipeline.own.parameters())
-    losses = repeated(pipeline.step, optimizer, mesh, STEPS)
-    return losses, hybrid.held_bytes(pipeline.own, optimizer)
+def stepped(laid: Laid, steps: int) -> list[float]:
+    return [hybrid.mean_loss(laid.step(), laid.mesh) for _ in range(steps)]
 
 
 LAYOUTS = [
@@ -103,22 +74,26 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_trains_what_one_rank_trains(layout):
-    """In float32 with sums in another order: 1e-5, after four steps of Adam."""
-    function = trained_in_stages if layout.pipeline > 1 else trained
-    for losses, _ in launch.run(function, layout.devices, layout, device="cpu", threads=1):
-        assert losses == pytest.approx(plain(), rel=1e-5)
+def test_every_layout_trains_what_one_rank_trains_and_holds_and_sends_what_theory_says(layout):
+    """Losses in float32 with sums in another order: 1e-5, after four steps of Adam. Bytes held to 2 %, since
+    shards of the last layer's ten outputs are padded; sent to 3 %, since that layer is gathered only once.
+    Activations of so small a model to 15 %: what its first and last layer and the loss keep does not divide.
+    """
+    work = hybrid_plan.workload(job())
+    found = launch.run(hybrid_steps.run, layout.devices, job(), layout, STEPS, device="cpu", threads=1)
+    for one in found:
+        assert one.losses == pytest.approx(plain(), rel=1e-5)
+    for kind, size in layouts.held_bytes(layout, work, BATCH).items():
+        allowed = 0.15 if kind == "activations" else 0.02
+        assert max(one.held[kind] for one in found) == pytest.approx(size, rel=allowed), kind
+    sent = sum(sum(one.sent.values()) for one in found) / layout.devices
+    assert sent == pytest.approx(sum(layouts.sent_bytes(layout, work, BATCH).values()), rel=0.03)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:5], ids=str)
-def test_each_rank_holds_what_theory_says(layout):
-    """Biases of rows and the last layer are not split, and shards are padded: 10 %."""
-    parameters = sum(p.numel() for p in network().parameters())
-    work = layouts.Workload(parameters, 4, WIDTH, 0.0, 0.0, 0.0)
-    predicted = layouts.held_bytes(layout, work, BATCH)
-    for _, held in launch.run(trained, layout.devices, layout, device="cpu", threads=1):
-        for what, size in held.items():
-            assert size == pytest.approx(predicted[what], rel=0.1), what
+def test_steps_are_timed():
+    (one,) = launch.run(hybrid_steps.run, 1, job(), Layout(), 1, 3, device="cpu", threads=1)
+    assert one.seconds.runs == 3
+    assert one.sent == {}
 
 
 REFUSED = {
@@ -127,8 +102,8 @@ REFUSED = {
     "sharding='gradients' is not offered": (Layout(2, sharding="gradients"), {}),
     "say which layers are split": (Layout(tensor=2), {}),
     "the model has no Linear layer": (Layout(tensor=2), {"9.up": "column"}),
-    "is unknown; use one of column, row": (Layout(tensor=2), {"0.up": "diagonal"}),
-    "tensor=2 does not divide the 3 features": (Layout(tensor=2), {"5": "column"}),
+    "is unknown; use one of column, row": (Layout(tensor=2), {"1.up": "diagonal"}),
+    "tensor=2 does not divide the 3 features": (Layout(tensor=2), {"6": "column"}),
 }
 
 
@@ -177,15 +152,15 @@ def test_a_stage_without_parameters_is_refused():
 
 
 def saved_after_two(folder: str) -> None:
-    model, optimizer, mesh = begun(Layout(4, sharding="parameters"))
-    stepped(model, optimizer, mesh, 2)
-    hybrid.save(model, optimizer, folder)
+    laid = Laid(job(), Layout(4, sharding="parameters"))
+    stepped(laid, 2)
+    hybrid.save(laid.model, laid.optimizer, folder)
 
 
 def loaded_for_two_more(layout: Layout, folder: str) -> list[float]:
-    model, optimizer, mesh = begun(layout)
-    hybrid.load(model, optimizer, folder)
-    return stepped(model, optimizer, mesh, 2)
+    laid = Laid(job(), layout)
+    hybrid.load(laid.model, laid.optimizer, folder)
+    return stepped(laid, 2)
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +178,9 @@ def test_what_four_ranks_saved_goes_on_on_fewer(layout, folder):
 
 def test_an_incomplete_checkpoint_is_refused(tmp_path):
     def attempt(path: str) -> str:
-        model, optimizer, _ = begun(Layout())
+        laid = Laid(job(), Layout())
         try:
-            hybrid.load(model, optimizer, path)
+            hybrid.load(laid.model, laid.optimizer, path)
         except RuntimeError as error:
             return str(error)
         return "accepted"
@@ -227,4 +202,4 @@ def test_a_checkpoint_of_another_model_is_refused(folder):
 
     (said,) = launch.run(attempt, 1, device="cpu", threads=1)
     assert "cannot be read into this model" in said
-    assert "5." in said, "the parameter that is missing is named"
+    assert "6." in said, "the parameter that is missing is named"

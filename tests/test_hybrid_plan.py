@@ -1,69 +1,72 @@
-"""What is planned: a model is described rightly, a machine measured, layouts ranked."""
+"""What is planned: a job is described rightly, a machine measured, layouts ranked."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from test_hybrid import BATCH, WIDTH, network, trained
+from test_hybrid import WIDTH, job
 
-from companion import collectives, hybrid_plan, launch
-from companion.layouts import Cluster, Layout, Link
+from companion import collectives, hybrid_machine, hybrid_plan, launch, models
+from companion.clusters import Cluster, Link
+from companion.hybrid_steps import Job
 
-EXAMPLE = torch.randn(8, WIDTH)
 CLUSTER = Cluster(4, 4, 1e10, 1e9, Link(1e-5, 1e9), Link(1e-5, 1e9), "a test's")
 
 
 def test_a_model_is_described_by_its_numbers():
-    model = network()
-    work = hybrid_plan.workload(model, EXAMPLE, list(model)[:4], splits=WIDTH)
-    weights = 4 * 2 * 4 * WIDTH * WIDTH + 10 * WIDTH
+    work = hybrid_plan.workload(job())
+    model, block = job().make(), 2 * 4 * WIDTH * WIDTH
     assert work.parameters == sum(p.numel() for p in model.parameters())
-    assert work.forward_flops == 2 * weights
+    assert work.forward_flops == 2 * (4 * block + WIDTH * WIDTH + 10 * WIDTH)
     assert work.boundary_bytes == 4 * WIDTH
     # Of each block its input and the hidden values (before and after ReLU share their bytes or not).
     assert 4 * 4 * 5 * WIDTH <= work.saved_bytes <= 4 * 4 * 10 * WIDTH
-    assert work.layers == 4
+    assert (work.layers, work.splits) == (4, WIDTH)
+    assert work.outside_parameters == ((WIDTH + 1) * WIDTH, (WIDTH + 1) * 10)
 
 
-def test_describing_leaves_the_model_as_it_was():
-    model = network()
-    hybrid_plan.workload(model, EXAMPLE, list(model)[:4])
-    assert all(not module._forward_hooks for module in model.modules())
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_what_tensor_parallelism_leaves_whole_is_found():
+    """Biases of rows, the first and the last layer are whole; hidden values are split, blocks' inputs not."""
+    work = hybrid_plan.workload(job())
+    assert work.whole_parameters == 4 * WIDTH + sum(work.outside_parameters)
+    assert work.whole_flops == 2 * (10 + WIDTH) * WIDTH
+    assert 0 < work.whole_saved_bytes < work.saved_bytes / 2
 
 
-@pytest.mark.parametrize("layout", [Layout(2), Layout(2, sharding="parameters")], ids=str)
-def test_predicted_bytes_are_those_that_ranks_hold(layout):
-    """To 2 %: shards of the last layer's ten outputs are padded."""
-    model = network()
-    held = hybrid_plan.layouts.held_bytes(
-        layout, hybrid_plan.workload(model, EXAMPLE, list(model)[:4]), BATCH
-    )
-    predicted = sum(held.values()) - held["activations"]
-    for _, counted in launch.run(trained, 2, layout, device="cpu", threads=1):
-        assert sum(counted.values()) == pytest.approx(predicted, rel=0.02)
+def test_attention_is_split_by_heads():
+    def make() -> models.VisionTransformer:
+        return models.VisionTransformer(width=32, layers=2, heads=4)
+
+    images, blocks = torch.zeros(8, 3, 32, 32), ["blocks.0", "blocks.1"]
+    split = Job(make, images, torch.zeros(8, dtype=torch.long), blocks, make().split(), 4)
+    work = hybrid_plan.workload(split)
+    # Two normalisations, and the biases of two layers that add up, in each block; all that is outside.
+    outside = sum(p.numel() for p in make().parameters()) - sum(p.numel() for p in make().blocks.parameters())
+    assert work.whole_parameters == outside + 2 * (4 * 32 + 2 * 32)
+    assert sum(work.outside_parameters) == outside
+    assert work.outside_parameters[1] == 10 * 33
 
 
 def test_a_link_gives_back_the_line_that_it_was_made_from():
     line = collectives.AllReduce(2e-4, 5e8)
     for ranks in (2, 4, 7):
-        link = hybrid_plan.link_of(line, ranks)
+        link = hybrid_machine.ring(line, 2 * (ranks - 1), ranks)
         for size in (1e3, 1e6):
             assert link.reduce(size, ranks) == pytest.approx(line.seconds(size))
 
 
 def test_this_machine_is_measured():
-    found = launch.run(
-        lambda: hybrid_plan.measured_cluster(network(), EXAMPLE, 3), 2, device="cpu", threads=1
-    )
-    for cluster in found:
+    for cluster in launch.run(hybrid_machine.measured, 2, job(), 3, device="cpu", threads=1):
         assert cluster.devices == cluster.per_node == 2
         assert 1e5 < cluster.flops < 1e14
         assert cluster.inside.bytes_per_second > 1e5
+        assert set(cluster.inside.kinds) == {"reduce", "gather", "scatter"}
         assert cluster.memory_bytes > 2**28
+        assert cluster.updates > 1e3
 
 
 def test_a_plan_ranks_what_is_possible():
-    model = network()
-    found = hybrid_plan.plan(model, EXAMPLE, 32, CLUSTER, blocks=list(model)[:4], splits=WIDTH)
+    found = hybrid_plan.plan(replace(job(), images=torch.zeros(32, WIDTH)), CLUSTER)
     assert len(found.fit) > 5
     assert not found.too_large
     assert [one.step_seconds for one in found.fit] == sorted(one.step_seconds for one in found.fit)
@@ -72,8 +75,9 @@ def test_a_plan_ranks_what_is_possible():
 
 
 def test_bad_input_is_refused():
-    model = network()
-    with pytest.raises(ValueError, match="blocks must be modules of the model"):
-        hybrid_plan.workload(model, EXAMPLE, list(network()))
-    with pytest.raises(ValueError, match="no layout of 4 devices divides batch_size=7"):
-        hybrid_plan.plan(model, EXAMPLE, 7, CLUSTER, blocks=list(model)[:3])
+    with pytest.raises(ValueError, match="must be names of the model's equal layers"):
+        hybrid_plan.workload(replace(job(), blocks=["9"]))
+    with pytest.raises(ValueError, match="no layout of 4 devices divides the batch of 7, 3 blocks"):
+        hybrid_plan.plan(
+            replace(job(), images=torch.zeros(7, WIDTH), blocks=["1", "2", "3"], splits=1), CLUSTER
+        )

@@ -6,7 +6,8 @@ from statistics import median
 import pytest
 
 from companion import layouts, schedules
-from companion.layouts import Cluster, Layout, Link, Workload
+from companion.clusters import PUBLISHED, Cluster, Link, Overheads
+from companion.layouts import Layout, Workload, gpt
 
 NVLINK, INFINIBAND = Link(5e-6, 300e9), Link(10e-6, 25e9)
 A100 = Cluster(
@@ -27,16 +28,6 @@ MEGATRON = [
     (529.6, 128, 20480, 105, 8, 35, 2520, 2520, 163),
     (1008.0, 160, 25600, 128, 8, 64, 3072, 3072, 163),
 ]
-SEQUENCE, VOCABULARY = 2048, 51200
-
-
-def gpt(heads: int, hidden: int, layers: int) -> Workload:
-    """A GPT as in that paper: 16-bit activations, computed again in backward; its equations 2 and 3."""
-    h, s, v = hidden, SEQUENCE, VOCABULARY
-    parameters = 12 * layers * h**2 * (1 + 13 / (12 * h) + (v + s) / (12 * layers * h))
-    forward = 24 * s * layers * h**2 * (1 + s / (6 * h) + v / (16 * layers * h))
-    boundary = 2 * s * h
-    return Workload(parameters, layers, heads, forward, boundary, boundary * layers, 2, 2, 12, passes=4)
 
 
 def test_a_ring_all_reduce_sends_two_times_all_but_a_share():
@@ -100,6 +91,77 @@ def test_all_layouts_are_found_and_none_twice():
     shapes = {(layout.data, layout.tensor, layout.pipeline) for layout in found}
     assert shapes == {(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)}, "tensor=4 does not divide 2"
     assert {layout.sharding for layout in found if layout.data == 4} == set(layouts.SHARDINGS)
+
+
+def test_what_is_not_split_stays_whole():
+    """Of 100 parameters 40 are whole, 10 of them outside the four layers."""
+    work = Workload(100.0, 4, 4, 10.0, 1.0, 50.0, whole_parameters=40.0, outside_parameters=(4.0, 6.0))
+    work = replace(work, whole_flops=2.0, whole_saved_bytes=20.0)
+    assert work.own_parameters(1, 1) == 100
+    assert work.own_parameters(4, 1) == 60 / 4 + 40
+    assert work.own_parameters(1, 2) == 90 / 2 + 6
+    assert work.own_parameters(2, 2) == (60 / 2 + 30) / 2 + 6
+    assert work.own_flops(2, 2) == (8 / 2 + 2) / 2
+    assert work.own_saved_bytes(2, 1) == 30 / 2 + 20
+
+
+def test_bytes_sent_are_those_of_rings():
+    work = Workload(1e6, 4, 4, 0.0, 1e3, 0.0)
+    assert layouts.sent_bytes(Layout(4), work, 8)["data"] == 2 * 3 / 4 * 4e6
+    assert layouts.sent_bytes(Layout(4, sharding="parameters"), work, 8)["data"] == 3 * 3 / 4 * 4e6
+    assert layouts.sent_bytes(Layout(tensor=4), work, 8)["tensor"] == 4 * 4 * 2 * 3 / 4 * 8e3
+    # Two boundaries' worth cross each of three cuts, which four devices share.
+    assert layouts.sent_bytes(Layout(pipeline=4, micro_batches=8), work, 8)["pipeline"] == 2 * 3 * 8e3 / 4
+
+
+def test_stages_that_share_cores_do_not_lose_what_others_use():
+    """Two stages on one core: whatever one leaves the other takes, no bubble is left."""
+    work, layout = Workload(0.0, 2, 1, 1e9, 0.0, 0.0), Layout(pipeline=2, micro_batches=4)
+    alone = replace(A100, devices=2, inside=Link(0.0, 1e30))
+    apart = layouts.step_seconds(layout, work, 4, alone)
+    shared = layouts.step_seconds(layout, work, 4, replace(alone, at_once=1.0))
+    assert apart["bubble"] == pytest.approx(apart["compute"] / 4)
+    assert shared["bubble"] == pytest.approx(0.0)
+
+
+def test_overheads_are_added_where_they_arise():
+    work = Workload(1e6, 4, 4, 1e9, 1e3, 0.0)
+    plain = replace(A100, devices=4)
+    slow = replace(plain, overheads=Overheads(layer=1.0, tensor=10.0, sharded=100.0, pipeline=1000.0))
+
+    def added(layout: Layout) -> dict[str, float]:
+        before, after = (layouts.step_seconds(layout, work, 16, cluster) for cluster in (plain, slow))
+        return {term: round(after[term] - before[term]) for term in after}
+
+    assert added(Layout(4)) == dict.fromkeys(added(Layout(4)), 0) | {"compute": 4}
+    assert added(Layout(tensor=4))["tensor"] == 4 * 10
+    assert added(Layout(4, sharding="parameters"))["data"] == 4 * 100
+    assert added(Layout(pipeline=4, micro_batches=8))["pipeline"] == 8 * 1000
+    assert added(Layout(pipeline=4, micro_batches=8))["bubble"] == 3 * 1001
+
+
+def test_updates_are_shared_where_the_optimizer_is():
+    work, cluster = Workload(1e9, 4, 4, 1e9, 1e3, 0.0), replace(A100, devices=4, updates=1e9)
+    assert layouts.step_seconds(Layout(4), work, 16, cluster)["update"] == 1.0
+    assert layouts.step_seconds(Layout(4, sharding="optimizer"), work, 16, cluster)["update"] == 0.25
+
+
+def test_activations_are_korthikantis():
+    """GPT-3's layers, Korthikanti et al. 2022, table 2: sbh (10 + 24 / t + 5 as / (ht)) bytes a layer."""
+    heads, hidden, sequence = 96, 12288, 2048
+    work = gpt(heads, hidden, 96, recompute=False)
+    for t in (1, 8):
+        each = sequence * hidden * (10 + 24 / t + 5 * heads * sequence / (hidden * t))
+        assert work.own_saved_bytes(t, 1) == pytest.approx(96 * each)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_clusters_name_their_source(name):
+    cluster = PUBLISHED[name](16384)
+    assert cluster.devices == 16384
+    assert cluster.source
+    assert cluster.inside.bytes_per_second > cluster.between.bytes_per_second
+    assert 1e9 < cluster.updates < 1e12
 
 
 def test_what_does_not_fit_is_put_aside():

@@ -172,10 +172,32 @@ def test_a_stage_on_a_device_sends_through_main_memory():
     """What ranks that share a GPU do; the device is the CPU here, and gradients come back through the same
     way.
     """
-    staged = pipeline._OnDevice(nn.Linear(3, 2), torch.device("cpu"))
+    staged = pipeline._Sendable(nn.Linear(3, 2), torch.device("cpu"), staged=True)
     x = torch.ones(2, 3, requires_grad=True)
     staged(x).sum().backward()
     assert torch.equal(x.grad, staged.module.weight.sum(0).detach().expand(2, 3))
+
+
+class Turned(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2)
+
+
+def test_a_stage_may_hand_on_what_is_not_in_one_piece():
+    def through() -> bool:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), Turned(), nn.Linear(5, 3), nn.Flatten(), nn.Linear(18, 2))
+        x, labels = torch.randn(8, 5, 4), torch.arange(8) % 2
+        F.cross_entropy(model(x), labels).backward()
+        expected = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        pipeline = Pipeline(splitting.split(model, "1"), "1f1b", 4)
+        pipeline.step(x, labels)
+        half = slice(0, 2) if dist.get_rank() == 0 else slice(2, None)
+        pairs = zip(pipeline.own.parameters(), expected[half], strict=True)
+        return all(torch.allclose(p.grad, e, atol=1e-6) for p, e in pairs)
+
+    assert launch.run(through, 2, device="cpu") == [True, True]
 
 
 def test_activations_are_as_many_as_predicted():

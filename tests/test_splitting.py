@@ -134,3 +134,12 @@ def test_every_stage_has_something_to_train():
     assert splitting.balanced(layers, 2) == ["b"], "the best cut that leaves parameters on both sides"
     with pytest.raises(SplitError, match="2 layers with parameters cannot make 3 stages; use 1 to 2"):
         splitting.balanced(layers, 3)
+
+
+def test_a_cut_may_come_after_a_block():
+    model = models.VisionTransformer(width=16, layers=3, heads=2)
+    images = torch.randn(4, 3, 32, 32)
+    first, second = splitting.split(model, ["blocks.1"])
+    assert torch.allclose(second(first(images)), model(images), atol=1e-6)
+    inside = {name.rsplit(".", 2)[0] for name, _ in first.named_parameters() if name.startswith("blocks")}
+    assert inside == {"blocks.0", "blocks.1"}
