@@ -14,6 +14,7 @@ NAMES = (
     "ddp_speed_up",
     "data_parallel",
     "model_parallel",
+    "hybrid",
     "tpu",
     "ray_tune",
     "quantization",

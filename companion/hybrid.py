@@ -4,6 +4,7 @@ Everything here is called in each rank, where the default process group is ready
 same weights everywhere.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -165,13 +166,23 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     }
 
 
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's parameters by name, put together from all ranks' parts; called by all ranks together."""
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
     """Writes a checkpoint to which each rank adds its own part; called by all ranks together.
 
     Source: torch.distributed.checkpoint. The folder counts as written once its `.metadata` is there.
     """
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    checkpoint.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(folder))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own, before 2.10
+        checkpoint.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(folder))
 
 
 def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:

@@ -10,6 +10,7 @@ from companion.figures import COLOURS, panels_of, styled
 from companion.layouts import Estimate, Layout
 from companion.measure import Spread
 
+PALE = 0.45
 ALLOWED = 0.2  # the relative error that the agreement's band shows
 
 
@@ -28,6 +29,13 @@ def placed(layouts: Sequence[Layout], layers: int = 4, columns: int = 4) -> Figu
     for device in range(devices):
         axis.text(device + 0.42, -0.12, f"device {device}", ha="center", va="bottom", fontsize=9.5)
     axis.set(xlim=(-0.75, devices), ylim=(len(layouts), -0.35))
+    looks = {
+        "its part of the batch": (COLOURS[1], 1.0),
+        "weights that it computes with": (COLOURS[0], 1.0),
+        "the same, of which it keeps a share": (COLOURS[0], PALE),
+    }
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, alpha=alpha) for colour, alpha in looks.values()]
+    drawn.legend(handles, list(looks), loc="outside lower center", ncols=3, fontsize=9)
     return drawn
 
 
@@ -45,8 +53,8 @@ def _device(axis: Axes, layout: Layout, device: int, corner: tuple[float, float]
     for layer in range(layers):
         for column in range(columns):
             mine = layer * layout.pipeline // layers == stage and column * layout.tensor // columns == tensor
-            pale = 0.45 if layout.sharding == "parameters" else 1.0
-            look = {"facecolor": COLOURS[0] if mine else "0.92", "alpha": pale if mine else 1.0}
+            pale = PALE if mine and layout.sharding == "parameters" else 1.0
+            look = {"facecolor": COLOURS[0] if mine else "0.92", "alpha": pale}
             place = (left + 0.16 + 0.64 * column / columns, top + height * layer)
             axis.add_patch(plt.Rectangle(place, 0.64 / columns, height, edgecolor="white", **look))
 
@@ -79,14 +87,15 @@ def scaling(found: Mapping[str, Mapping[int, Estimate]], limits: Mapping[str, fl
     `found`: cluster -> devices -> the best layout's estimate; `limits`: cluster -> bytes of its devices.
     """
     drawn, (times, memory) = panels_of(2, 10, 4.2)
-    for (name, estimates), colour in zip(found.items(), COLOURS, strict=False):
-        counts = list(estimates)
+    looks = zip(COLOURS, ("o", "s", "^", "D"), (9, 5, 5, 5), strict=False)  # lines may hide each other
+    for (name, estimates), (colour, marker, size) in zip(found.items(), looks, strict=False):
+        look, counts = {"marker": marker, "markersize": size, "color": colour}, list(estimates)
         seconds = [one.step_seconds for one in estimates.values()]
-        times.plot(counts, seconds, "o-", color=colour, label=name, markersize=4)
+        times.plot(counts, seconds, label=name, **look)
         ideal = [seconds[0] * counts[0] / count for count in counts]
         times.plot(counts, ideal, ":", color=colour, linewidth=1)
         gigabytes = [one.total_bytes / 1e9 for one in estimates.values()]
-        memory.plot(counts, gigabytes, "o-", color=colour, markersize=4)
+        memory.plot(counts, gigabytes, **look)
         memory.axhline(limits[name] / 1e9, color=colour, linewidth=1, linestyle="--")
     times.plot([], [], ":", color="black", linewidth=1, label="twice the devices, half the time")
     memory.plot([], [], "--", color="black", linewidth=1, label="memory of a device")

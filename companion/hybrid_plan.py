@@ -7,6 +7,7 @@ print(hybrid_plan.plan(job, found).table())
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
+from statistics import correlation, median
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from companion import layouts, measure, memory, tables
 from companion.clusters import Cluster
 from companion.hybrid_steps import Job
 from companion.layouts import Estimate, Workload
+from companion.measure import Spread
 
 EXAMPLES = 8  # images with which a model is described
 
@@ -139,3 +141,33 @@ def plan(job: Job, cluster: Cluster, micro_batches: int = 8) -> Plan:
             f"and splits={job.splits}"
         )
     return Plan(cluster, tuple(fit), tuple(too_large))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well predictions fit what was measured: relative errors by name, positive where too much was
+    predicted; the correlation of both rankings, from -1 to 1; whether the fastest was predicted to be it, or
+    cannot be told from it.
+    """
+
+    errors: dict[str, float]
+    rank_correlation: float
+    best_found: bool
+
+    @property
+    def median_error(self) -> float:
+        return median(map(abs, self.errors.values()))
+
+
+def agreement(measured: Mapping[str, Spread], predicted: Mapping[str, float]) -> Agreement:
+    """Compares seconds by name. Raises ValueError for fewer than three, of which nothing can be ranked."""
+    if len(measured) < 3:
+        raise ValueError(f"{len(measured)} measurements cannot be ranked; take three or more")
+    medians = {name: spread.median for name, spread in measured.items()}
+    errors = {name: predicted[name] / medians[name] - 1 for name in medians}
+    places = [
+        [sorted(found.values()).index(found[name]) for name in medians] for found in (medians, predicted)
+    ]
+    best, chosen = min(medians, key=medians.get), min(medians, key=predicted.get)
+    overlap = measured[chosen].low <= measured[best].high
+    return Agreement(errors, correlation(*places), overlap)

@@ -1,16 +1,21 @@
 """Training steps of a model that is laid out over ranks, and what they take: losses, seconds, bytes.
 
-Called in each rank, where the default process group is ready; `Job` is the same everywhere.
+    torchrun --nproc-per-node=8 -m companion.hybrid_steps --data 2 --tensor 4 --sharding parameters
+
+Everything but `main` is called in each rank, where the default process group is ready; `Job` is the same
+everywhere.
 """
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from companion import collectives, hybrid, launch, measure, training
+from companion import collectives, data, hybrid, launch, measure, models, training
 from companion.layouts import Layout
 from companion.memory import SavedBytes
 
@@ -97,3 +102,50 @@ def run(job: Job, layout: Layout, steps: int = 3, rounds: int = 0) -> Measured:
     held = hybrid.held_bytes(laid.model, laid.optimizer) | {"activations": saved.most}
     seconds = collectives.compare({"step": laid.step}, rounds, warm_up=0)["step"] if rounds else None
     return Measured(losses, held, sent.sizes, seconds)
+
+
+def transformer(
+    splits: data.Splits, batch_size: int, seed: int = 0, learning_rate: float = 1e-3, **options: int
+) -> Job:
+    """A vision transformer on the first training images; `options` are `models.VisionTransformer`'s."""
+
+    def make() -> models.VisionTransformer:
+        return models.VisionTransformer(len(splits.classes), **options)
+
+    def optimizer(parameters) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, learning_rate, foreach=False)
+
+    model = make()
+    blocks = [f"blocks.{i}" for i in range(len(model.blocks))]
+    images, labels = splits.train.images[:batch_size], splits.train.labels[:batch_size]
+    heads = model.blocks[0].qkv.in_features // model.blocks[0].head_width
+    return Job(make, images, labels, blocks, model.split(), heads, optimizer, seed=seed)
+
+
+def main() -> None:
+    """Trains a vision transformer under a layout in the ranks that torchrun has started, and prints what a
+    step takes.
+    """
+    parser = argparse.ArgumentParser(
+        prog="torchrun --nproc-per-node=RANKS -m companion.hybrid_steps", description=main.__doc__
+    )
+    own = {"dataset": "digits", "data_dir": "data", "batch_size": 64, "seed": 0, "steps": 3, "rounds": 5}
+    of_model = {"width": 256, "layers": 4, "heads": 8}
+    of_layout = {"data": 1, "tensor": 1, "pipeline": 1, "sharding": "none", "micro_batches": 1}
+    for name, default in (own | of_model | of_layout).items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(default), default=default, help=f"({default})")
+    given = vars(parser.parse_args())
+    launch.join()
+    splits = data.load_in_rank(given["dataset"], given["data_dir"], given["seed"])
+    job = transformer(splits, given["batch_size"], given["seed"], **{name: given[name] for name in of_model})
+    found = run(job, Layout(**{name: given[name] for name in of_layout}), given["steps"], given["rounds"])
+    if dist.get_rank() == 0:
+        held, sent = sum(found.held.values()) / 2**20, sum(found.sent.values()) / 2**20
+        print(f"losses {found.losses}, {found.seconds.scaled(1e3):.1f} ms a step")
+        print(f"rank 0 holds {held:.1f} MiB and sends {sent:.1f} MiB in a step")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -245,8 +245,8 @@ def estimate(layout: Layout, work: Workload, batch_size: int, cluster: Cluster) 
 
 
 def every(work: Workload, batch_size: int, devices: int, micro_batches: int = 8) -> list[Layout]:
-    """All possible layouts of so many devices. Pipelines have `micro_batches`, or as many times more as they
-    have stages.
+    """All possible layouts of so many devices. Pipelines have `micro_batches`, or two, four, eight times more
+    and so on.
     """
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     found = set()
@@ -254,7 +254,8 @@ def every(work: Workload, batch_size: int, devices: int, micro_batches: int = 8)
         if devices % (data * tensor):
             continue
         pipeline = devices // (data * tensor)
-        counts = {1} if pipeline == 1 else {micro_batches, micro_batches * pipeline}
+        doubled = [micro_batches * 2**n for n in range(batch_size.bit_length())]
+        counts = [1] if pipeline == 1 else [count for count in doubled if count * data <= batch_size]
         shardings = SHARDINGS if data > 1 else SHARDINGS[:1]
         for sharding, many in itertools.product(shardings, counts):
             layout = Layout(data, tensor, pipeline, sharding, many)

@@ -177,8 +177,8 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        steps = self.embed(x).flatten(2).transpose(1, 2) + self.position  # [N, patches, width]
-        return self.head(self.blocks(steps).mean(1))
+        steps = self.embed(x).flatten(2).transpose(1, 2).contiguous()  # [N, patches, width], can be sent
+        return self.head(self.blocks(steps + self.position).mean(1))
 
     def split(self) -> dict[str, str]:
         """Which layers tensor parallelism splits, by name: "column" by outputs, "row" by inputs."""

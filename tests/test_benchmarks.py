@@ -10,6 +10,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks import (
     data_parallel,
     ddp_speed_up,
+    hybrid,
     import_time,
     launch,
     model_parallel,
@@ -29,6 +30,8 @@ IDLE = [
     if (name, ranks, pieces) != ("interleaved", 4, 4)
 ]
 
+PLANNED = ["bytes held, largest error", "bytes sent, largest error", "seconds, median error"]
+PLANNED += ["correlation of the rankings", "the fastest layout found", "ms, predicted ones in brackets"]
 XLA = ["XLA on CPU, LeNet5"]
 if devices.why_not("xla") is None:
     XLA = ["XLA on CPU, LeNet5, batch 64", "compilations of 20 steps"]
@@ -60,12 +63,20 @@ def _small(monkeypatch):
         monkeypatch.setattr(pruning, constant, value)
     monkeypatch.setattr(pruning.pt2e, "compiled", lambda model: model)  # takes half a minute
     monkeypatch.setattr(pruning.models, "resnet18", pruning.models.LeNet5)  # trained in no time
+    for constant, value in {"RANKS": 2, "BATCH_SIZE": 16, "REPEATS": 1}.items():
+        monkeypatch.setattr(hybrid, constant, value)
+    monkeypatch.setattr(hybrid, "SHAPE", {"width": 16, "layers": 2, "heads": 2})
+    monkeypatch.setattr(
+        hybrid,
+        "LAYOUTS",
+        [hybrid.Layout(2), hybrid.Layout(tensor=2), hybrid.Layout(pipeline=2, micro_batches=4)],
+    )
     smaller = {"TRIALS": 2, "EPOCHS": 2, "IMAGES": 128, "OVERHEAD_TRIALS": (1, 2), "SETTINGS": [(1, 2)]}
     for constant, value in smaller.items():
         monkeypatch.setattr(ray_tune, constant, value)
     name, _, make = quantization.ACCURACIES[0]
     monkeypatch.setattr(quantization, "ACCURACIES", [(name, trained_once, make)])
-    modules = [import_time, training_loop, launch, ddp_speed_up, data_parallel, model_parallel, tpu]
+    modules = [import_time, training_loop, launch, ddp_speed_up, data_parallel, model_parallel, hybrid, tpu]
     for module in (*modules, ray_tune, quantization, pruning):
         monkeypatch.setattr(
             module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1)
@@ -109,6 +120,7 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         "scatter, replicate, gather, LeNet5, batch 256",
         *(f"idle, {name}, {ranks} ranks, {pieces} micro-batches" for name, ranks, pieces in IDLE),
         *[row["what"].split(" (")[0] for row in written["rows"] if "2 stages cut after" in row["what"]],
+        *(f"plan: {what}, 3 layouts of 2 ranks, 1 times" for what in PLANNED),
         *XLA,
         "share of FIFO's epochs, ASHA at the book's settings, 1 seeds",
         "share of FIFO's epochs, ASHA, grace period 1, factor 2, 1 seeds",

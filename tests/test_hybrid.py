@@ -1,8 +1,13 @@
 """Layouts of several ranks train what one rank trains, and hold what theory says."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import nn
 
 from companion import hybrid, hybrid_plan, hybrid_steps, launch, layouts
@@ -203,3 +208,17 @@ def test_a_checkpoint_of_another_model_is_refused(folder):
     (said,) = launch.run(attempt, 1, device="cpu", threads=1)
     assert "cannot be read into this model" in said
     assert "6." in said, "the parameter that is missing is named"
+
+
+def test_torchrun_takes_steps_under_a_layout():
+    command = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2 -m"
+    flags = "companion.hybrid_steps --tensor 2 --width 16 --layers 2 --heads 2 --batch-size 8 --rounds 1"
+    done = subprocess.run(
+        [sys.executable, *command.split(), *flags.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"losses \[.*\], [\d.]+ ms a step", done.stdout)

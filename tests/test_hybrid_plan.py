@@ -9,6 +9,7 @@ from test_hybrid import WIDTH, job
 from companion import collectives, hybrid_machine, hybrid_plan, launch, models
 from companion.clusters import Cluster, Link
 from companion.hybrid_steps import Job
+from companion.measure import Spread
 
 CLUSTER = Cluster(4, 4, 1e10, 1e9, Link(1e-5, 1e9), Link(1e-5, 1e9), "a test's")
 
@@ -81,3 +82,17 @@ def test_bad_input_is_refused():
         hybrid_plan.plan(
             replace(job(), images=torch.zeros(7, WIDTH), blocks=["1", "2", "3"], splits=1), CLUSTER
         )
+
+
+def test_predictions_are_held_to_measurements():
+    measured = {name: Spread(t, 0.9 * t, 1.1 * t, 5) for name, t in {"a": 1.0, "b": 2.0, "c": 4.0}.items()}
+    right = hybrid_plan.agreement(measured, {"a": 1.1, "b": 2.0, "c": 3.0})
+    assert right.median_error == pytest.approx(0.1)
+    assert right.errors["c"] == -0.25
+    assert right.rank_correlation == 1
+    assert right.best_found
+    wrong = hybrid_plan.agreement(measured, {"a": 4.0, "b": 2.0, "c": 1.0})
+    assert wrong.rank_correlation == -1
+    assert not wrong.best_found
+    with pytest.raises(ValueError, match="2 measurements cannot be ranked"):
+        hybrid_plan.agreement({"a": measured["a"], "b": measured["b"]}, {"a": 1.0, "b": 1.0})

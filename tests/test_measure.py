@@ -158,3 +158,8 @@ def test_operators_are_found_longest_first():
 def test_macs_are_those_of_the_formula():
     assert measure.macs(nn.Linear(100, 10), torch.zeros(4, 100)) == 4000
     assert measure.macs(nn.Conv2d(3, 6, 5), torch.zeros(1, 3, 32, 32)) == 6 * 28 * 28 * 3 * 5 * 5
+
+
+def test_spreads_measured_apart_give_the_widest_range():
+    found = measure.Spread(2.0, 1.0, 4.0, 5).speed_up(over=measure.Spread(6.0, 4.0, 8.0, 3))
+    assert (found.median, found.low, found.high, found.runs) == (3.0, 1.0, 8.0, 3)
