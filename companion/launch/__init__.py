@@ -32,7 +32,10 @@ from companion.launch.ranks import Rank
 PRELOAD = [
     "torch._dynamo",
     "torch.nn.parallel",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
     "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
     "tqdm.notebook",
     "companion.training",
 ]
