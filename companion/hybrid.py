@@ -4,16 +4,12 @@ Everything here is called in each rank, where the default process group is ready
 same weights everywhere.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -172,32 +168,3 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
         for name, p in model.named_parameters()
     }
-
-
-def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
-    """Writes a checkpoint to which each rank adds its own part; called by all ranks together.
-
-    Source: torch.distributed.checkpoint. The folder counts as written once its `.metadata` is there.
-    """
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own, before 2.10
-        checkpoint.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(folder))
-
-
-def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
-    """Reads a checkpoint of `save` into a model that may be laid out over another number of ranks, or over
-    none; called by all ranks together, and nothing is changed if it fails before it reads.
-
-    Raises RuntimeError for a folder that holds no complete checkpoint, or one of another model.
-    """
-    if not Path(folder, ".metadata").is_file():
-        raise RuntimeError(f"{folder} holds no complete checkpoint: its .metadata is missing")
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        checkpoint.load(state, checkpoint_id=str(folder))
-    except checkpoint.CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        raise RuntimeError(f"{folder} cannot be read into this model: {first}") from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch import nn
 
-from companion import hybrid, hybrid_plan, hybrid_steps, launch, layouts
+from companion import hybrid, hybrid_plan, hybrid_steps, launch, layouts, sharded_checkpoint
 from companion.hybrid_steps import Job, Laid
 from companion.layouts import Layout
 
@@ -159,12 +159,12 @@ def test_a_stage_without_parameters_is_refused():
 def saved_after_two(folder: str) -> None:
     laid = Laid(job(), Layout(4, sharding="parameters"))
     stepped(laid, 2)
-    hybrid.save(laid.model, laid.optimizer, folder)
+    sharded_checkpoint.save(laid.model, laid.optimizer, folder)
 
 
 def loaded_for_two_more(layout: Layout, folder: str) -> list[float]:
     laid = Laid(job(), layout)
-    hybrid.load(laid.model, laid.optimizer, folder)
+    sharded_checkpoint.load(laid.model, laid.optimizer, folder)
     return stepped(laid, 2)
 
 
@@ -185,7 +185,7 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
     def attempt(path: str) -> str:
         laid = Laid(job(), Layout())
         try:
-            hybrid.load(laid.model, laid.optimizer, path)
+            sharded_checkpoint.load(laid.model, laid.optimizer, path)
         except RuntimeError as error:
             return str(error)
         return "accepted"
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_model_is_refused(folder):
         model = nn.Sequential(*network(), nn.Linear(10, 3))
         optimizer = optimizer_of(model.parameters())
         try:
-            hybrid.load(model, optimizer, folder)
+            sharded_checkpoint.load(model, optimizer, folder)
         except RuntimeError as error:
             return str(error)
         return "accepted"

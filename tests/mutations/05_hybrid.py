@@ -2,7 +2,7 @@
 
 from mutating import breaks
 
-from companion import hybrid, hybrid_steps, launch
+from companion import hybrid, hybrid_steps, launch, sharded_checkpoint
 
 
 def _in_ranks(damage, *of) -> None:
@@ -79,7 +79,7 @@ def nothing_is_loaded(notebook):
     """The checkpoint is not read."""
 
     def damage():
-        hybrid.load = lambda *args: None
+        sharded_checkpoint.load = lambda *args: None
 
     _in_ranks(damage, "load")
 
