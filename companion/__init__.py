@@ -5,6 +5,7 @@ import importlib
 MODULES = (
     "checkpoint",
     "checks",
+    "cluster_scripts",
     "clusters",
     "collectives",
     "data",

@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 
 from companion import launch, network
+from companion.launch import pickling
 
 MARK = "COMPANION_MACHINES"  # in the environment of all that belongs to some machines
 # Of the rendezvous: seconds until it closes once there are enough nodes, between signs of life, how many of
@@ -181,23 +182,15 @@ class Machines:
             "GLOO_SOCKET_IFNAME": place.interface if place else launch.loopback(),
             MARK: self.mark,
         }
-        process = launch.warm().Process(
-            target=_agent,
-            args=(
-                self.flags(rank),
-                self.main,
-                list(map(str, arguments)),
-                log,
-                dict(os.environ) | variables,
-                place,
-            ),
-        )
+        sent = pickling.pack(self.main, "main"), list(map(str, arguments))
+        about = self.flags(rank), log, dict(os.environ) | variables, place
+        process = launch.warm().Process(target=_agent, args=(*sent, *about))
         process.start()
         self.machines.append(Machine(name, process, log))
         return self.machines[-1]
 
 
-def _agent(flags: dict, main: Callable, arguments: list[str], log: Path, variables: dict, place) -> None:
+def _agent(main: bytes, arguments: list[str], flags: dict, log: Path, variables: dict, place) -> None:
     """A machine's agent: what torchrun does, with workers that are forked instead of started anew."""
     from torch.distributed import run
 
@@ -217,10 +210,26 @@ def _agent(flags: dict, main: Callable, arguments: list[str], log: Path, variabl
     config.start_method = "fork"
     PContext.close.__defaults__ = (None, PATIENCE_SECONDS)  # torch's own are 30
     try:
-        api.elastic_launch(config, entrypoint=main)(arguments)
+        api.elastic_launch(config, entrypoint=pickling.unpack(main))(arguments)
     except ChildFailedError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+
+
+def reach(address: str, port: int, limit_seconds: float = 5.0) -> float:
+    """Seconds until another machine answers on this port, such as the one where the rendezvous is.
+
+    Raises ConnectionError, saying what to look at, if it does not.
+    """
+    start = time.monotonic()
+    try:
+        with socket.create_connection((address, port), timeout=limit_seconds):
+            return time.monotonic() - start
+    except OSError as error:
+        raise ConnectionError(
+            f"{address}:{port} does not answer within {limit_seconds:g} s ({error.strerror or error}): is "
+            "node 0 started, is this its address, and does the firewall let the port through?"
+        ) from error
 
 
 def until(happened: Callable[[], object], what: str, limit_seconds: float = 60.0) -> object:

@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -101,8 +101,11 @@ def check_same(recipe: Recipe) -> None:
             )
 
 
-def train(splits: data.Splits, recipe: Recipe) -> Trained:
-    """Trains LeNet5 from the last whole checkpoint on, on all ranks.
+def train(
+    splits: data.Splits, recipe: Recipe, tell: Callable[..., object] = lambda event, **what: None
+) -> Trained:
+    """Trains LeNet5 from the last whole checkpoint on, on all ranks. `tell`, such as `say`, is called with
+    what happens.
 
     The same weights come out, to the last bit, however often training was interrupted, if the number of ranks
     was the same; with another number sums run in another order. Raises ValueError if ranks do not fit
@@ -124,9 +127,8 @@ def train(splits: data.Splits, recipe: Recipe) -> Trained:
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
     checkpoints = Checkpoints(folder, asynchronous=recipe.asynchronous)
     first, losses = checkpoints.resume(model, optimizer), []
-    say(
-        "start", rank=rank, ranks=ranks, step=first, restart=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    )
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    tell("start", rank=rank, ranks=ranks, step=first, restart=restart)
     for step in range(first, recipe.steps):
         own = indices(step, len(splits.train.labels), recipe.batch_size, recipe.seed).chunk(ranks)[rank]
         images, labels = splits.train.images[own].to(here), splits.train.labels[own].to(here)
@@ -135,11 +137,11 @@ def train(splits: data.Splits, recipe: Recipe) -> Trained:
         losses.append(loss.item() / ranks)
         time.sleep(recipe.pause_seconds)
         if rank == 0:
-            say("step", step=step + 1, ranks=ranks, loss=losses[-1])
+            tell("step", step=step + 1, ranks=ranks, loss=losses[-1])
         if (step + 1) % recipe.every == 0:
             checkpoints.save(step + 1, model, optimizer)
             if rank == 0:
-                say("saved", step=step + 1)
+                tell("saved", step=step + 1)
     checkpoints.wait()
     return Trained(first, losses, checkpoints.stalls, parity.fingerprint(model))
 
@@ -162,17 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     launch.join(timeout_seconds=recipe.timeout_seconds)
     splits = data.load_in_rank(recipe.dataset, recipe.data_dir, recipe.seed)
     try:
-        trained = train(splits, recipe)
+        trained = train(splits, recipe, say)
     except (ValueError, RuntimeError) as error:
         say("failed", rank=dist.get_rank(), reason=f"{type(error).__name__}: {error}")
         raise
-    say(
-        "end",
-        rank=dist.get_rank(),
-        fingerprint=trained.fingerprint,
-        stalls=trained.stalls,
-        losses=trained.losses,
-    )
+    say("end", rank=dist.get_rank(), **asdict(trained))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,8 +1,8 @@
 """A network of several machines on this one: network namespaces joined by virtual cables, which can be slow,
-lose packets, or be cut. Linux, and root alone.
+or be cut. Linux, and root alone.
 
-    with network.Network(2) as cable:
-        cable.slow(1, milliseconds=20)
+    with network.Network(2) as cables:
+        cables.slow(1, megabits=100)
 """
 
 import ctypes
@@ -95,11 +95,10 @@ class Network:
         for name in (*(place.namespace for place in self.places), self.switch):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
-    def slow(self, machine: int, milliseconds: float = 0.0, megabits: float | None = None) -> None:
-        """From now on what the machine sends takes so much longer, and no more goes through in a second."""
+    def slow(self, machine: int, megabits: float) -> None:
+        """From now on no more than so many megabits a second leave the machine."""
         place = self.places[machine]
-        rate = ["rate", f"{megabits}mbit"] if megabits else []
-        how = ["netem", "delay", f"{milliseconds}ms", *rate]
+        how = ["tbf", "rate", f"{megabits}mbit", "burst", "32kbit", "latency", "400ms"]
         _in(place.namespace, "tc", "qdisc", "replace", "dev", place.interface, "root", *how)
 
     def cut(self, machine: int) -> None:

@@ -10,7 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
 from companion import multi_machine, network
+from companion.figures import COLOURS, panels_of, styled
 from companion.machines import Machines, until
 
 STEPS_BEFORE = 12  # done when the fault comes
@@ -20,7 +24,7 @@ STEPS_BEFORE = 12  # done when the fault comes
 class Recovery:
     """What a fault did: the numbers of ranks that trained one after another, seconds from the fault to the
     next step that was done anew, steps that had to be done again, the loss of the last step, and a
-    fingerprint of the weights at the end.
+    fingerprint of the weights at the end. `progress` has (seconds since the fault, steps done) of each step.
     """
 
     fault: str
@@ -29,6 +33,7 @@ class Recovery:
     lost_steps: int
     loss: float
     fingerprint: str
+    progress: tuple[tuple[float, int], ...] = ()
 
 
 def _kill_worker(two: Machines, arguments: Sequence[object]) -> None:
@@ -120,9 +125,31 @@ def _watched(
         before - again["step"],
         steps[-1]["loss"],
         _said(two, "end")[-1]["fingerprint"],
+        tuple((event["time"] - when, event["step"]) for event in steps),
     )
 
 
 def _said(two: Machines, kind: str) -> list[dict]:
     """What all machines' ranks said, in order of time."""
     return sorted((e for machine in two.machines for e in machine.events(kind)), key=lambda e: e["time"])
+
+
+@styled
+def figure(found: Sequence[Recovery], every: int) -> Figure:
+    """Steps done against time, a line for each fault, which happens at 0; dashed where checkpoints are."""
+    drawn, (axis,) = panels_of(1, 9, 4.2)
+    for recovery, colour in zip(found, COLOURS, strict=False):
+        times, done = zip(*recovery.progress, strict=True)
+        axis.plot(times, done, ".-", color=colour, markersize=3, linewidth=1.2, label=recovery.fault)
+    most = max(done for recovery in found for _, done in recovery.progress)
+    for step in range(every, most + 1, every):
+        axis.axhline(step, color="0.85", linewidth=0.7, linestyle="--", zorder=0)
+    axis.axvline(0, color="black", linewidth=1)
+    axis.annotate(
+        "the fault", (0, 1), (4, -4), xycoords=("data", "axes fraction"), textcoords="offset points", va="top"
+    )
+    axis.set(xlabel="seconds since the fault", ylabel="training steps done")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(visible=False)
+    drawn.legend(loc="outside lower center", ncols=3, fontsize=9)
+    return drawn

@@ -6,6 +6,7 @@ Called in each rank, where the default process group is ready. Source: torch.dis
 import shutil
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 WHOLE = ".metadata"  # written last, in one move: a folder without it is no checkpoint
 
@@ -23,12 +24,16 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path)
 
     Raises RuntimeError, on all ranks, if a part cannot be written, saying which rank's and why.
     """
+    try:
+        _write(_state(model, optimizer), folder)
+    except checkpoint.CheckpointException as error:
+        raise RuntimeError(_unwritten(folder, error)) from error
+
+
+def _write(state: dict[str, object], folder: str | Path, group: dist.ProcessGroup | None = None) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own, before 2.10
-        try:
-            checkpoint.save(_state(model, optimizer), checkpoint_id=str(folder))
-        except checkpoint.CheckpointException as error:
-            raise RuntimeError(_unwritten(folder, error)) from error
+        checkpoint.save(state, checkpoint_id=str(folder), process_group=group)
 
 
 def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
@@ -82,6 +87,8 @@ class Checkpoints:
         self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
         # A thread writes: it must not send into the group in which DDP sends at the same time.
         self.group = dist.new_group(backend="gloo") if asynchronous else None
+        self.thread = ThreadPoolExecutor(1) if asynchronous else None
+        self.staged: dict[str, object] = {}
         self.writing, self.stalls, self.last = None, [], 0
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -99,16 +106,12 @@ class Checkpoints:
             )
         self.last = step
         place = self.folder / f"step-{step}"
-        if not self.asynchronous:
+        if self.asynchronous:
+            self._stage(_state(model, optimizer))
+            self.writing = self.thread.submit(_write, self.staged, place, self.group)
+        else:
             save(model, optimizer, place)
             self._tidy()
-        else:
-            copy = tree_map(
-                lambda x: x.clone() if isinstance(x, torch.Tensor) else x, _state(model, optimizer)
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.writing = checkpoint.async_save(copy, checkpoint_id=str(place), process_group=self.group)
         self.stalls.append(time.perf_counter() - start)
 
     def wait(self) -> None:
@@ -133,6 +136,23 @@ class Checkpoints:
         dist.barrier()
         self.last = newest[0]
         return newest[0]
+
+    def _stage(self, state: dict[str, object]) -> None:
+        """Copies what is to be written into main memory, each time to the same place: new memory would cost
+        more time than the copy.
+        """
+        now, places = tree_flatten(state)
+        before, known = tree_flatten(self.staged)
+        if places != known:
+            before = [
+                value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value for value in now
+            ]
+        for number, value in enumerate(now):
+            if isinstance(value, torch.Tensor):
+                before[number].copy_(value)
+            else:
+                before[number] = value
+        self.staged = tree_unflatten(before, places)
 
     def _tidy(self) -> None:
         if dist.get_rank() == 0:

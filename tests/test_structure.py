@@ -62,6 +62,7 @@ TECHNIQUES = {
     "network": (),
     "machines": ("network",),
     "recoveries": ("machines", "multi_machine", "network"),
+    "cluster_scripts": (),
     "ray_session": (),
     "ray_trials": (),
     "ray_results": (),
@@ -143,7 +144,8 @@ def test_a_notebook_imports_the_ground_its_own_technique_and_what_that_may_use(p
     number, technique = path.stem.split("_", 1)
     own = {technique, *TECHNIQUES.get(technique, ())} | {room for room in TECHNIQUES if technique in room}
     # Threads are compared with processes; weights of few bits belong to 08, and 09 packs them.
-    compares = {"02": {"ddp"}, "08": {"low_bits"}, "09": {"low_bits", "packing", "quantization"}}
+    compares = {"05": {"clusters"}, "06": {"cluster_scripts", "machines", "network", "recoveries"}}
+    compares |= {"02": {"ddp"}, "08": {"low_bits"}, "09": {"low_bits", "packing", "quantization"}}
     source = "\n".join(cells.plain(cell.source) for cell in cells.code(nbformat.read(path, 4)))
     beyond = imported(source) - {*GROUND, *ROOF} - own - compares.get(number, set())
     assert not beyond, f"it uses other techniques: {', '.join(beyond)}"
