@@ -15,6 +15,7 @@ NAMES = (
     "data_parallel",
     "model_parallel",
     "hybrid",
+    "multi_machine",
     "tpu",
     "ray_tune",
     "quantization",

@@ -14,6 +14,7 @@ from benchmarks import (
     import_time,
     launch,
     model_parallel,
+    multi_machine,
     pruning,
     quantization,
     ray_tune,
@@ -71,12 +72,24 @@ def _small(monkeypatch):
         "LAYOUTS",
         [hybrid.Layout(2), hybrid.Layout(tensor=2), hybrid.Layout(pipeline=2, micro_batches=4)],
     )
+    for constant, value in {"FAULTS": ["a worker is killed"], "WIDTH": 8, "LAYERS": 1, "SAVES": 2}.items():
+        monkeypatch.setattr(multi_machine, constant, value)
     smaller = {"TRIALS": 2, "EPOCHS": 2, "IMAGES": 128, "OVERHEAD_TRIALS": (1, 2), "SETTINGS": [(1, 2)]}
     for constant, value in smaller.items():
         monkeypatch.setattr(ray_tune, constant, value)
     name, _, make = quantization.ACCURACIES[0]
     monkeypatch.setattr(quantization, "ACCURACIES", [(name, trained_once, make)])
-    modules = [import_time, training_loop, launch, ddp_speed_up, data_parallel, model_parallel, hybrid, tpu]
+    modules = [
+        import_time,
+        training_loop,
+        launch,
+        ddp_speed_up,
+        data_parallel,
+        model_parallel,
+        hybrid,
+        multi_machine,
+        tpu,
+    ]
     for module in (*modules, ray_tune, quantization, pruning):
         monkeypatch.setattr(
             module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1)
@@ -121,6 +134,8 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         *(f"idle, {name}, {ranks} ranks, {pieces} micro-batches" for name, ranks, pieces in IDLE),
         *[row["what"].split(" (")[0] for row in written["rows"] if "2 stages cut after" in row["what"]],
         *(f"plan: {what}, 3 layouts of 2 ranks, 1 times" for what in PLANNED),
+        "a worker is killed: seconds to go on, 1 of 1 recovered",
+        "a checkpoint by a thread, its cost for each of 5 steps",
         *XLA,
         "share of FIFO's epochs, ASHA at the book's settings, 1 seeds",
         "share of FIFO's epochs, ASHA, grace period 1, factor 2, 1 seeds",
