@@ -1,8 +1,8 @@
 """Faults of two machines, each many times: how often training goes on, and after how many seconds.
 
-A worker or a machine is killed, stopped or cut off after some steps, at a moment that a seed chooses. "Plain" is
-what torchrun needs, whose workers import torch anew; limits are what was agreed. Then what a checkpoint costs
-the training when a thread writes it, for each of five steps, beside one for which all wait.
+A worker or a machine is killed, stopped or cut off, at a moment that a seed chooses; limits are what was
+agreed. Then what a checkpoint costs the training when a thread writes it, for each of five steps, beside one
+for which all wait.
 """
 
 import random
@@ -81,7 +81,7 @@ def measure_all(rounds: int = REPEATS) -> list[dict]:
     return [
         *rows,
         {
-            "what": f"a checkpoint by a thread, its cost for each of {EVERY} steps (% of one that all wait for)",
+            "what": f"a checkpoint by a thread, its cost for each of {EVERY} steps (of one that all await)",
             "plain": f"{found['all'].scaled(1e3):.0f} ms (all wait)",
             "ours": f"{found['thread'].scaled(1e3):.0f} ms, {a_step:.1%} a step",
             "limit": "5 % a step (agreed)",
