@@ -22,6 +22,8 @@ class Table:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
+    __repr__ = __str__  # what is stored beside the HTML, and compared
+
     def _repr_html_(self) -> str:
         head = [_row("th", self.head)] if self.head else []
         return f"<table>{''.join(head + [_row('td', row) for row in self.rows])}</table>"
