@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from companion import data
+from companion import data, launch
 
 FOLDER = Path(__file__).parent / "mutations"
 
@@ -60,3 +60,20 @@ def labels_one_late() -> None:
             yield images, labels.roll(1)
 
     data.Batches.__iter__ = wrong
+
+
+def in_ranks(damage: Callable[[], None], *of: str) -> None:
+    """From now on ranks that run a function of one of these names are damaged first."""
+    run = launch.run
+
+    def wrong(function, *args, **options):
+        if function.__name__ not in of:
+            return run(function, *args, **options)
+
+        def elsewhere(*inner):
+            damage()
+            return function(*inner)
+
+        return run(elsewhere, *args, **options)
+
+    launch.run = wrong

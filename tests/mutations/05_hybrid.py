@@ -1,25 +1,8 @@
 """Ways to break a model that is laid out over ranks."""
 
-from mutating import breaks
+from mutating import breaks, in_ranks
 
-from companion import hybrid, hybrid_steps, launch, sharded_checkpoint
-
-
-def _in_ranks(damage, *of) -> None:
-    """From now on ranks that run one of these functions of the notebook are damaged first."""
-    run = launch.run
-
-    def wrong(function, *args, **options):
-        if function.__name__ not in of:
-            return run(function, *args, **options)
-
-        def elsewhere(*inner):
-            damage()
-            return function(*inner)
-
-        return run(elsewhere, *args, **options)
-
-    launch.run = wrong
+from companion import hybrid, hybrid_steps, sharded_checkpoint
 
 
 @breaks("book")
@@ -51,7 +34,7 @@ def a_split_layer_is_not_added_up(notebook):
 
         hybrid.STYLES["row"] = Alone
 
-    _in_ranks(damage, "run")
+    in_ranks(damage, "run")
 
 
 @breaks("layouts")
@@ -61,7 +44,7 @@ def all_ranks_see_the_first_part(notebook):
     def damage():
         hybrid.share = lambda batch, mesh: batch.chunk(mesh["data"].size())[0]
 
-    _in_ranks(damage, "run")
+    in_ranks(damage, "run")
 
 
 @breaks("layouts")
@@ -71,7 +54,7 @@ def ranks_are_not_averaged(notebook):
     def damage():
         hybrid.ddp.wrap = lambda stage, **options: stage
 
-    _in_ranks(damage, "run")
+    in_ranks(damage, "run")
 
 
 @breaks("checkpoint")
@@ -81,7 +64,7 @@ def nothing_is_loaded(notebook):
     def damage():
         sharded_checkpoint.load = lambda *args: None
 
-    _in_ranks(damage, "load")
+    in_ranks(damage, "load")
 
 
 @breaks("checkpoint")
@@ -104,4 +87,4 @@ def a_part_is_lost(notebook):
 
         hybrid_steps.Laid.step = wrong
 
-    _in_ranks(damage, "save")
+    in_ranks(damage, "save")

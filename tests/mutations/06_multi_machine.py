@@ -3,26 +3,9 @@
 from pathlib import Path
 
 import torch
-from mutating import breaks
+from mutating import breaks, in_ranks
 
-from companion import launch, multi_machine, recoveries, sharded_checkpoint
-
-
-def _in_ranks(damage, *of) -> None:
-    """From now on ranks that run one of these functions of the notebook are damaged first."""
-    run = launch.run
-
-    def wrong(function, *args, **options):
-        if function.__name__ not in of:
-            return run(function, *args, **options)
-
-        def elsewhere(*inner):
-            damage()
-            return function(*inner)
-
-        return run(elsewhere, *args, **options)
-
-    launch.run = wrong
+from companion import multi_machine, recoveries, sharded_checkpoint
 
 
 @breaks("two-machines")
@@ -45,7 +28,7 @@ def sums_are_not_handed_round(notebook):
     def damage():
         torch.Tensor.copy_ = lambda self, *args: self
 
-    _in_ranks(damage, "ring_and_library")
+    in_ranks(damage, "ring_and_library")
 
 
 @breaks("faults")
@@ -90,4 +73,4 @@ def ranks_share_the_batch_wrongly(notebook):
 
         multi_machine.indices = lambda *about: First(indices(*about))
 
-    _in_ranks(damage, "trained")
+    in_ranks(damage, "trained")
