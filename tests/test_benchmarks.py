@@ -111,6 +111,7 @@ def test_the_three_ways_take_the_same_number_of_steps(monkeypatch):
         assert seen == [(64, 3, 32, 32)] * 8
 
 
+@pytest.mark.once
 def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     benchmarks.main([])

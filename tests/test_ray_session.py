@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from companion import ray_session
 
+pytestmark = pytest.mark.once
 pytest.importorskip("ray", reason="Ray is in the extra 'tune', which this environment was made without")
 
 STARTED = """
