@@ -85,8 +85,8 @@ class Cluster:
         return self.inside if reach <= self.per_node else self.between
 
 
-EFFICIENCY = 0.5  # of the peak: what Megatron-LM's table 1 shows of an A100's, all else taken off
-UPDATE_BYTES = 28  # read and written for a parameter by Adam in mixed precision: ZeRO's 2 + 2 + 12, and back
+EFFICIENCY = 0.5  # of the peak, assumed; fitted to Megatron-LM's table 1 it is 0.54 of an A100's
+UPDATE_BYTES = 28  # of a parameter, by Adam in mixed precision: 2 + 12 are read, 12 + 2 written
 NVLINK, INFINIBAND, ICI, DATA_CENTER = 5e-6, 10e-6, 2e-6, 50e-6  # assumed seconds of latency
 
 

@@ -35,7 +35,7 @@ def workload(job: Job) -> Workload:
     hook = blocks[0].register_forward_hook(lambda block, given, output: handed_on.append(output))
     whole = _Cost.of(model, example)
     hook.remove()
-    if not isinstance(handed_on[0], torch.Tensor):
+    if not handed_on or not isinstance(handed_on[0], torch.Tensor):
         raise ValueError(f"{type(blocks[0]).__name__} hands on no single tensor")
     kept, part = _Cost(0, 0, 0), min((n for n in range(2, job.splits + 1) if job.splits % n == 0), default=1)
     if job.split and part > 1:  # what is left, beyond its share, where split layers are `part` times smaller

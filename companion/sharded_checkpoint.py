@@ -32,7 +32,7 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path)
 
 def _write(state: dict[str, object], folder: str | Path, group: dist.ProcessGroup | None = None) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own, before 2.10
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own
         checkpoint.save(state, checkpoint_id=str(folder), process_group=group)
 
 

@@ -1,4 +1,5 @@
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -14,6 +15,20 @@ if threading.current_thread() is threading.main_thread():
 
 ROOT = Path(__file__).parents[1]
 pytest_plugins = ("times",)
+
+
+def torchrun(module: str, flags: str, ranks: int = 2) -> str:
+    """What a module of the package prints in ranks that torchrun starts, from the project's folder."""
+    command = f"-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node={ranks}"
+    done = subprocess.run(
+        [sys.executable, *command.split(), "-m", module, *flags.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture

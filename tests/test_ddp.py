@@ -2,13 +2,11 @@
 
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import torchrun
 from torch import nn
 
 from companion import collectives, data, ddp, launch, measure, models, parity, training
@@ -59,17 +57,8 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 def test_torchrun_trains_the_same_model_as_launch(tmp_path):
     recipe = training.Recipe(epochs=2, batch_size=64, label_smoothing=0.05)
     ranks = launch.run(trained, 2, recipe, threads=1)
-    command = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2"
-    flags = f"-m companion.ddp --epochs 2 --save-to {tmp_path / 'weights.pt'}"
-    done = subprocess.run(
-        [sys.executable, *command.split(), *flags.split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found = re.search(r"2 ranks: test accuracy ([\d.]+)%, [\d,]+ samples/s, (\w+)", done.stdout)
+    said = torchrun("companion.ddp", f"--epochs 2 --save-to {tmp_path / 'weights.pt'}")
+    found = re.search(r"2 ranks: test accuracy ([\d.]+)%, [\d,]+ samples/s, (\w+)", said)
     assert found[2] == ranks[0].fingerprint
     assert float(found[1]) == pytest.approx(100 * ranks[0].accuracy, abs=0.01)
     saved = models.LeNet5()

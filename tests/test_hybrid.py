@@ -1,13 +1,11 @@
 """Layouts of several ranks train what one rank trains, and hold what theory says."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import torchrun
 from torch import nn
 
 from companion import hybrid, hybrid_plan, hybrid_steps, launch, layouts, sharded_checkpoint
@@ -211,14 +209,6 @@ def test_a_checkpoint_of_another_model_is_refused(folder):
 
 
 def test_torchrun_takes_steps_under_a_layout():
-    command = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2 -m"
-    flags = "companion.hybrid_steps --tensor 2 --width 16 --layers 2 --heads 2 --batch-size 8 --rounds 1"
-    done = subprocess.run(
-        [sys.executable, *command.split(), *flags.split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"losses \[.*\], [\d.]+ ms a step", done.stdout)
+    flags = "--tensor 2 --width 16 --layers 2 --heads 2 --batch-size 8 --rounds 1"
+    said = torchrun("companion.hybrid_steps", flags)
+    assert re.search(r"losses \[.*\], [\d.]+ ms a step", said)

@@ -2,8 +2,6 @@
 
 import copy
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import launch_faults
@@ -12,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import torchrun
 from torch import nn
 
 from companion import data, launch, memory, model_parallel, pipeline, schedules, splitting, training
@@ -229,21 +227,10 @@ def test_a_rehearsal_shows_the_schedule():
     assert 0 < schedules.bubble([step.spans for step in steps]) < 1
 
 
-def test_torchrun_trains_through_a_pipeline(tmp_path):
-    command = (
-        "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2 -m "
-        "companion.model_parallel"
-    )
+def test_torchrun_trains_through_a_pipeline():
     flags = "--epochs 1 --micro-batches 4 --width 0.1 --schedule gpipe"
-    done = subprocess.run(
-        [sys.executable, *command.split(), *flags.split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"2 ranks: test accuracy [\d.]+%, [\d,]+ samples/s", done.stdout)
+    said = torchrun("companion.model_parallel", flags)
+    assert re.search(r"2 ranks: test accuracy [\d.]+%, [\d,]+ samples/s", said)
 
 
 @pytest.mark.parametrize("case", pipeline_faults.FAULTS)
