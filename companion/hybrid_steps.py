@@ -47,9 +47,19 @@ class Job:
 
 
 class Laid:
-    """This rank's part of a job under a layout. `model` is what it trains, `optimizer` what updates it."""
+    """This rank's part of a job under a layout. `model` is what it trains, `optimizer` what updates it.
+
+    Raises ValueError, on all ranks, for a batch or blocks that the layout does not divide: shares of other
+    sizes would give other gradients.
+    """
 
     def __init__(self, job: Job, layout: Layout):
+        parts = layout.data * layout.micro_batches
+        if len(job.images) % parts or len(job.blocks) % layout.pipeline:
+            raise ValueError(
+                f"{layout} does not divide a batch of {len(job.images)} into {parts} equal parts, or "
+                f"{len(job.blocks)} blocks into {layout.pipeline} equal stages"
+            )
         self.job, self.mesh = job, hybrid.mesh_of(layout)
         training.seed_everything(job.seed)
         whole = job.make()

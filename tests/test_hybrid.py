@@ -93,6 +93,12 @@ def test_every_layout_trains_what_one_rank_trains_and_holds_and_sends_what_theor
     assert sent == pytest.approx(sum(layouts.sent_bytes(layout, work, BATCH).values()), rel=0.03)
 
 
+@pytest.mark.parametrize("layout", [Layout(3), Layout(pipeline=3, micro_batches=2)], ids=str)
+def test_batches_and_blocks_that_do_not_divide_are_refused(layout):
+    with pytest.raises(launch.WorkerError, match="does not divide a batch of 16 into"):
+        launch.run(Laid, 3, job(), layout, device="cpu", threads=1)
+
+
 def test_steps_are_timed():
     (one,) = launch.run(hybrid_steps.run, 1, job(), Layout(), 1, 3, device="cpu", threads=1)
     assert one.seconds.runs == 3
