@@ -47,8 +47,8 @@ NAME := $(if $(NB),$(or $(basename $(notdir $(wildcard notebooks/$(NB)_*.ipynb))
 UNITS := $(if $(NB),$(wildcard tests/test_$(patsubst $(NB)_%,%,$(NAME)).py),tests --ignore tests/test_notebooks.py)
 # Two at a time, a thread each; threads that wait do not spin, and XLA compiles fast instead of well.
 JOBS ?= 2
-# All that tests write besides goes to a folder of this checkout's own, emptied at the start and after success.
-TEST_FILES := $(or $(TMPDIR),/tmp)/accelerating-pytorch-$(shell pwd | cksum | cut -d' ' -f1)
+# All that tests write besides goes to a folder of this checkout's own (a short name: Ray's sockets are in it), emptied at the start and after success.
+TEST_FILES := $(or $(TMPDIR),/tmp)/test-$(shell pwd | cksum | cut -d' ' -f1)
 QUIET := TMPDIR=$(TEST_FILES) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE XLA_FLAGS=--xla_backend_optimization_level=0
 PYTEST := $(QUIET) $(PYTHON_IN) -m pytest -n $(JOBS)
 

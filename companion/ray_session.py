@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from companion import host
 
 LOOPBACK = "127.0.0.1"
 _END_SECONDS = 10
+_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of a socket's name, at most
+_LONGEST = "ray-abcdefgh/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store_10"
 _TOO_SLOW = ("timed out during startup", "Failed to start GCS")  # what Ray says when it gives up
 _started: dict[
     str, object
@@ -73,7 +76,7 @@ def _begin(node: dict, nodes: int) -> None:
     authentication_token_setup.logger.setLevel(logging.ERROR)  # it announces what is done on purpose
     authentication_token_setup.enable_token_auth_by_default()
     ray_constants.ENABLE_RAY_CLUSTER = False  # or Ray replaces loopback by the address of a network card
-    folder = tempfile.mkdtemp(prefix="ray-")  # short: the sockets in it may have names of 107 bytes at most
+    folder = tempfile.mkdtemp(prefix="ray-", dir=_where())
     _started.update(folder=folder, cluster=None)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
@@ -88,6 +91,12 @@ def _begin(node: dict, nodes: int) -> None:
     except BaseException:
         stop()
         raise
+
+
+def _where() -> str:
+    """The folder for temporary files; "/tmp" where the names of Ray's sockets in it would get too long."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(f"{usual}/{_LONGEST}")) <= _SOCKET_BYTES else "/tmp"
 
 
 def _simulated(nodes: int, node: dict, folder: str):

@@ -92,18 +92,36 @@ before = set(glob.glob(tempfile.gettempdir() + "/*"))
 with ray_session.running(cpus=1):
     there = psutil.Process().children(recursive=True)
     assert len(there) >= 4
+    folder = ray_session._started["folder"]
+    assert os.listdir(folder)
+print(os.path.exists(folder))
 print([process.name() for process in there if process.is_running()])
 print(sorted(set(glob.glob(tempfile.gettempdir() + "/*")) - before))
 print(os.listdir("."))
 """
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as temporary:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": temporary}
         ran = subprocess.run(
             [*python, "-c", code], cwd=folder, capture_output=True, text=True, env=environment, timeout=120
         )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines() == ["[]", "[]", "[]"]
+    assert ran.stdout.splitlines() == ["False", "[]", "[]", "[]"]
     assert ran.stderr == ""
+
+
+def test_a_long_folder_for_temporary_files_gives_no_socket_too_long(python, tmp_path):
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    code = """
+import os
+from companion import ray_session
+print(ray_session.start(cpus=1), os.path.dirname(ray_session._started["folder"]))
+"""
+    environment = os.environ | {"TMPDIR": str(long), "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [*python, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert ran.stdout == "{'CPU': 1.0} /tmp\n", ran.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
