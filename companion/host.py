@@ -89,8 +89,17 @@ def cpu_seconds(pid: int) -> float:
     return total
 
 
+def lose_children() -> None:
+    """Says that children of this process will end without being waited for, as those of Ray's raylet do: what
+    they took cannot be told from what others took, so `Watch` makes no claim from now on.
+    """
+    Watch.sure = False
+
+
 class Watch:
     """Looks what other processes take while something is measured."""
+
+    sure = True  # in a process whose children are all waited for
 
     def __init__(self):
         self._begin()
@@ -110,7 +119,8 @@ class Watch:
         spare = (os.cpu_count() or 1) - usable_cores()
         if again:
             self._begin()
-        if "LOCAL_RANK" in os.environ or seconds < SHORT_SECONDS or others < spare + BUSY_CORES:
+        unsure = "LOCAL_RANK" in os.environ or not self.sure
+        if unsure or seconds < SHORT_SECONDS or others < spare + BUSY_CORES:
             return None
         return f"other processes took {others - spare:.1f} of {usable_cores()} cores"
 

@@ -25,6 +25,7 @@ _END_SECONDS = 10
 _SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of a socket's name, at most
 _LONGEST = "ray-abcdefgh/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store_10"
 _TOO_SLOW = ("timed out during startup", "Failed to start GCS")  # what Ray says when it gives up
+_QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
 _started: dict[
     str, object
 ] = {}  # the session of this process: its temporary folder, and its cluster of nodes
@@ -70,27 +71,51 @@ def start(cpus: int | None = None, gpus: int | None = None, nodes: int = 1) -> d
 
 def _begin(node: dict, nodes: int) -> None:
     ray = imported()
-    from ray._private import ray_constants
-    from ray._private.authentication import authentication_token_setup
-
-    authentication_token_setup.logger.setLevel(logging.ERROR)  # it announces what is done on purpose
-    authentication_token_setup.enable_token_auth_by_default()
-    ray_constants.ENABLE_RAY_CLUSTER = False  # or Ray replaces loopback by the address of a network card
+    host.lose_children()
+    _guard(only_loopback=True)
     folder = tempfile.mkdtemp(prefix="ray-", dir=_where())
     _started.update(folder=folder, cluster=None)
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if nodes == 1:
-            ray.init("local", **node, **quiet, _node_ip_address=LOOPBACK, _temp_dir=folder)
+            ray.init("local", **node, **_QUIET, _node_ip_address=LOOPBACK, _temp_dir=folder)
         else:
             _started["cluster"] = cluster = _simulated(nodes, node, folder)
-            ray.init(cluster.address, **quiet, _node_ip_address=LOOPBACK)
+            ray.init(cluster.address, **_QUIET, _node_ip_address=LOOPBACK)
         addresses = {one["NodeManagerAddress"] for one in ray.nodes()}
         if addresses != {LOOPBACK}:
             raise RuntimeError(f"Ray listens on {', '.join(addresses)} instead of on loopback only")
     except BaseException:
         stop()
         raise
+
+
+def _guard(only_loopback: bool) -> None:
+    """Has Ray ask for the secret, and keep to loopback."""
+    from ray._private import ray_constants
+    from ray._private.authentication import authentication_token_setup
+
+    authentication_token_setup.logger.setLevel(logging.ERROR)  # it announces what is done on purpose
+    authentication_token_setup.enable_token_auth_by_default()
+    # Otherwise Ray replaces loopback by the address of a network card.
+    ray_constants.ENABLE_RAY_CLUSTER = not only_loopback
+
+
+def address() -> str:
+    """Where the running Ray can be joined by another process of this machine that has its secret."""
+    return imported().get_runtime_context().gcs_address
+
+
+def join(address: str) -> dict[str, float]:
+    """Uses a Ray that already runs, by its address ("auto" finds one of this machine), and gives what it has
+    to share out. Both must have the same secret: the environment variable RAY_AUTH_TOKEN, which processes
+    inherit. Where this process ends, what it runs there is ended, and the Ray itself goes on.
+    """
+    if imported().is_initialized():
+        raise RuntimeError("Ray already runs in this process: ray_session.stop() ends what start() started")
+    inside = address.startswith(LOOPBACK)
+    _guard(only_loopback=inside)
+    imported().init(address, **_QUIET, **({"_node_ip_address": LOOPBACK} if inside else {}))
+    return resources()
 
 
 def _where() -> str:

@@ -74,6 +74,7 @@ def test_rounds_that_disagree_wildly_are_not_to_be_trusted():
 def clocks(monkeypatch):
     """CPU-seconds of the whole machine and of this process, to be set; two usable cores, two in all."""
     clocks = {"machine": 0.0, "own": 0.0, "cores": 2}
+    monkeypatch.setattr(host.Watch, "sure", True)
     monkeypatch.setattr(host, "_machine_seconds", lambda: clocks["machine"])
     monkeypatch.setattr(host, "cpu_seconds", lambda pid: clocks["own"])
     monkeypatch.setattr(host, "usable_cores", lambda: 2)
@@ -116,6 +117,15 @@ def test_in_a_rank_nobody_is_suspected(clocks, monkeypatch):
     watch.start -= 10
     clocks.update(machine=30.0, own=0.0)
     monkeypatch.setenv("LOCAL_RANK", "0")
+    assert watch.busy() is None
+
+
+def test_where_children_end_without_being_waited_for_nobody_is_suspected(clocks):
+    watch = host.Watch()
+    watch.start -= 10
+    clocks.update(machine=30.0, own=0.0)
+    assert watch.busy()
+    host.lose_children()
     assert watch.busy() is None
 
 

@@ -62,6 +62,22 @@ print("let in")
     assert "token" in asked.stderr.lower()
 
 
+def test_another_process_joins_it_and_leaves_it_running(ray, python):
+    code = f"""
+from companion import ray_session
+print(ray_session.join({ray_session.address()!r}))
+try:
+    ray_session.join("auto")
+except RuntimeError as error:
+    print(error)
+"""
+    ran = subprocess.run([*python, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    first, second = ran.stdout.splitlines()
+    assert first == "{'CPU': 1.0}", ran.stderr
+    assert "already runs" in second
+    assert ray_session.resources() == {"CPU": 1.0}
+
+
 def test_it_reports_nothing_to_its_makers(ray):
     from ray._common.usage import usage_lib
 
