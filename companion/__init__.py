@@ -33,6 +33,7 @@ MODULES = (
     "memory",
     "model_parallel",
     "models",
+    "modules",
     "multi_machine",
     "network",
     "packing",

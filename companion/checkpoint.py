@@ -4,8 +4,12 @@ without trust.
 
 import os
 import pickle
+import random
+import zipfile
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -14,10 +18,30 @@ def save(path: Path, contents: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        torch.save(contents, partial)
+        _write(contents, partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write(contents: dict[str, object], path: Path) -> None:
+    """With a checksum of each part, whatever the process has set: `load` relies on them."""
+    wanted = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        torch.save(contents, path)
+    finally:
+        torch.serialization.set_crc32_options(wanted)
+
+
+def _damaged(path: Path) -> str | None:
+    """What is wrong with the file, by the checksums of its parts, which torch does not look at; or None."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            part = file.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, ValueError) as error:
+        return type(error).__name__
+    return f"checksum of {part}" if part else None
 
 
 def load(path: Path, must_agree: dict[str, object] | None = None) -> dict[str, object] | None:
@@ -33,6 +57,8 @@ def load(path: Path, must_agree: dict[str, object] | None = None) -> dict[str, o
         )
     if not path.exists():
         return None
+    if reason := _damaged(path):
+        raise RuntimeError(f"checkpoint {path} is damaged ({reason}): delete it to start again")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
@@ -52,16 +78,20 @@ def load(path: Path, must_agree: dict[str, object] | None = None) -> dict[str, o
     return saved
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of torch's random numbers, on the CPU and on a GPU."""
-    state = {"cpu": torch.get_rng_state()}
+def random_state(device: torch.device) -> dict[str, object]:
+    """The state of the random numbers of torch, on the CPU and on a GPU, of Python, and of NumPy."""
+    name, keys, *rest = np.random.get_state()
+    state = {"cpu": torch.get_rng_state(), "python": random.getstate()}
+    state["numpy"] = (name, keys.tolist(), *rest)
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_random_state(state: dict[str, object], device: torch.device) -> None:
     """Goes on with the random numbers where `random_state` was asked."""
     torch.set_rng_state(state["cpu"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from companion import devices, measure
+from companion import devices, measure, modules
 
 
 class ThreadedDataParallel(nn.Module):
@@ -42,7 +42,7 @@ class ThreadedDataParallel(nn.Module):
     def __init__(self, module: nn.Module, places: Iterable[str | torch.device], threads: int | None = None):
         super().__init__()
         self.devices = devices.select_list([str(place) for place in places])
-        self.module = module.to(self.devices[0])
+        self.module = modules.move(module, self.devices[0])
         self.threads = threads or max(1, torch.get_num_threads() // len(self.devices))
 
     def forward(self, *args, **kwargs):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from companion import collectives, data, launch, measure, models, parity, training
+from companion import collectives, data, launch, measure, models, modules, parity, training
 from companion.collectives import AllReduce
 
 MIB = 2**20
@@ -32,7 +32,7 @@ def wrap(model: nn.Module, **options: object) -> DistributedDataParallel:
     device = launch.device()
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(
-        model.to(device), device_ids=ids, **({"gradient_as_bucket_view": True} | options)
+        modules.move(model, device), device_ids=ids, **({"gradient_as_bucket_view": True} | options)
     )
 
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from companion import ddp, launch, memory, parity, splitting
+from companion import ddp, launch, memory, modules, parity, splitting
 from companion.layouts import Layout
 from companion.pipeline import Pipeline
 
@@ -65,7 +65,7 @@ def laid_out(
     """
     _check(model, layout, split or {})
     check_equal(model)
-    model.to(launch.device())
+    modules.move(model, launch.device())
     if layout.tensor > 1:
         plan = {name: STYLES[style]() for name, style in split.items()}
         parallelize_module(model, mesh["tensor"], plan)

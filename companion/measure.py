@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from companion import devices, host
+from companion import devices, host, modules
 
 WILD = 0.5  # rounds whose middle half spreads over more than this share of their median disagree wildly
 
@@ -252,7 +252,7 @@ def step_profile(
     it.
     """
     laps, source = Laps(device), _endless(batches)
-    model.train()
+    modules.for_training(model)
 
     def fetch() -> list[torch.Tensor]:
         return [tensor.to(device) for tensor in next(source)]

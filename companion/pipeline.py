@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed import pipelining
 
-from companion import launch, stacks
+from companion import launch, modules, stacks
 from companion.schedules import KINDS, SCHEDULES, Span, check
 
 
@@ -77,7 +77,7 @@ class _Sendable(nn.Module):
 
     def __init__(self, module: nn.Module, device: torch.device, staged: bool):
         super().__init__()
-        self.module, self.device, self.staged = module.to(device), device, staged
+        self.module, self.device, self.staged = modules.move(module, device), device, staged
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output = self.module(x.to(self.device)).contiguous()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from companion import measure, memory
+from companion import measure, memory, modules
 from companion.pruning import KINDS, PruningError
 
 TARGETS = ("ratio", "macs", "seconds")
@@ -114,7 +114,9 @@ def _without(model: nn.Module, example: torch.Tensor, ratio: float, keep: Sequen
     pruning = _torch_pruning()
     if masked := [name for name, _ in model.named_buffers() if name.endswith("weight_mask")]:
         raise PruningError(f"{masked[0]} is a mask: make it part of the weights by pruning.permanent first")
-    made = copy.deepcopy(model).eval()
+    made = copy.deepcopy(model)
+    before_eval = modules.modes(made)
+    made.eval()
     names = dict(made.named_modules())
     if unknown := [name for name in keep if name not in names]:
         raise PruningError(f"keep names {', '.join(map(repr, unknown))}, which the model does not have")
@@ -147,7 +149,7 @@ def _without(model: nn.Module, example: torch.Tensor, ratio: float, keep: Sequen
     after = memory.parameters(made)
     if after == before[1]:
         raise PruningError(f"nothing was removed with ratio={ratio}: the layers are too narrow, or all kept")
-    made.train(model.training)
+    modules.restore(before_eval)
     return Narrowed(made, ratio, before[0], measure.macs(made, example), before[1], after)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from companion import quantization
+from companion import modules, quantization
 
 
 @torch.no_grad()
@@ -42,11 +42,10 @@ def _outputs(model: nn.Module, names: list[str], images: torch.Tensor) -> dict[s
     hooks = [
         module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name in names
     ]
-    training = model.training
     try:
-        model.eval()(images)
+        with modules.evaluating(model):
+            model(images)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return found

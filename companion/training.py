@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
 from companion import checkpoint as checkpoint_files
-from companion import devices
+from companion import devices, modules
 from companion.data import Augment, Batches, Split, Splits
 
 Step = Callable[[nn.Module, torch.Tensor, torch.Tensor, Callable, torch.optim.Optimizer], torch.Tensor]
@@ -23,9 +24,7 @@ _CHECK_EVERY = 50  # steps between looks at the loss on an accelerator, where ea
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. `amp` is None (float32), "bfloat16" or "float16"; `schedule` is "onecycle" or
-    "constant".
-    """
+    """How to train. `amp` is None (float32), "bfloat16" or "float16"; `schedule` "onecycle" or "constant"."""
 
     epochs: int = 10
     batch_size: int = 64
@@ -71,9 +70,7 @@ class History:
 
     @property
     def samples_per_second(self) -> float:
-        """Median over the epochs; the first, which warms up or compiles, counts only if it is the only
-        one.
-        """
+        """Median over the epochs; the first, which warms up, counts only if it is the only one."""
         rates = [n / s for n, s in zip(self.epoch_samples, self.epoch_seconds, strict=True)]
         return statistics.median(rates[1:] or rates)
 
@@ -88,8 +85,9 @@ class Evaluation:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python's and torch's random numbers, on every device."""
+    """Seeds Python's, NumPy's and torch's random numbers, on every device."""
     random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -122,9 +120,7 @@ def stepper(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Cal
 
 
 def amp_step(device_type: str, dtype: torch.dtype, scaler: torch.amp.GradScaler | None = None) -> Step:
-    """A step whose forward pass runs in automatic mixed precision; `scaler` keeps float16 gradients from
-    vanishing.
-    """
+    """A step whose forward pass is in mixed precision; `scaler` keeps float16 gradients from vanishing."""
     scaler = scaler or torch.amp.GradScaler(device_type, enabled=False)
 
     def step(model, images, labels, loss_function, optimizer) -> torch.Tensor:
@@ -157,7 +153,9 @@ def fit(
     `step(model, images, labels, loss_function, optimizer)` does one update and gives the loss: pass a
     technique's own. `batches` replaces the recipe's batches by any iterable with a length that gives (images,
     labels) on any device. `checkpoint` names a file written after each epoch; if it is there, training goes
-    on from it, to the very same weights as a run that was never interrupted. With a fixed seed, a CPU gives
+    on from it, to the very same weights as a run that was never interrupted (Python's, NumPy's and torch's
+    random numbers go on where they were). Modules that were in eval mode in a model in training mode stay so:
+    a BatchNorm frozen for fine-tuning. With a fixed seed, a CPU gives
     the same weights bit for bit.
 
     Raises ValueError for settings that contradict each other, FloatingPointError (step and learning rate
@@ -169,7 +167,7 @@ def fit(
             f"amp={recipe.amp!r} has no effect on a step of your own; use torch.autocast inside it"
         )
     device = device if isinstance(device, torch.device) else devices.select(device)
-    model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
+    modules.move(model, device, torch.channels_last if recipe.channels_last else torch.preserve_format)
     if batches is None:
         batches = Batches(
             splits.train, recipe.batch_size, device, recipe.augment, drop_last=True, seed=recipe.seed
@@ -203,6 +201,7 @@ class _Run:
         self, model: nn.Module, recipe: Recipe, device: torch.device, step: Step | None, batches: Iterable
     ):
         self.model, self.recipe, self.device, self.batches = model, recipe, device, batches
+        self.modes = modules.for_training(model)
         self.optimizer = make_optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "float16")
         amp = amp_step(device.type, getattr(torch, recipe.amp), self.scaler) if recipe.amp else plain_step
@@ -219,7 +218,7 @@ class _Run:
 
     def epoch(self, epoch: int, history: History, bar: tqdm) -> None:
         """One pass over the batches; adds what it measured to the history."""
-        self.model.train()
+        modules.restore(self.modes)
         if hasattr(self.batches, "set_epoch"):
             self.batches.set_epoch(epoch)
         losses, rates, samples, before = [], [], 0, epoch * len(self.batches)
@@ -274,14 +273,14 @@ class _Run:
 
 @torch.no_grad()  # inference_mode would do, but torch_xla 2.9 refuses it
 def evaluate(model: nn.Module, split: Split, batch_size: int = 1000) -> Evaluation:
-    """The model's loss, accuracy and logits over a split, on the device the model is on; its train or eval
-    mode is kept.
+    """The model's loss, accuracy and logits over a split, on the device the model is on; each of its modules
+    keeps its mode.
     """
-    held, was_training = [*model.parameters(), *model.buffers()], model.training
+    held = [*model.parameters(), *model.buffers()]
     device = held[0].device if held else torch.device("cpu")  # a quantized model may hold neither
-    model.eval()
-    logits = torch.cat([model(images.to(device)).float().cpu() for images in split.images.split(batch_size)])
-    model.train(was_training)
+    with modules.evaluating(model):
+        logits = [model(images.to(device)).float().cpu() for images in split.images.split(batch_size)]
+    logits = torch.cat(logits)
     labels = split.labels.cpu()
     accuracy = (logits.argmax(1) == labels).double().mean().item()
     return Evaluation(F.cross_entropy(logits, labels).item(), accuracy, logits)

@@ -1,7 +1,9 @@
 import math
+import random
 import subprocess
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -137,6 +139,85 @@ def test_a_checkpoint_of_another_recipe_is_refused(few, tmp_path):
         match=r"is of another recipe \(epochs=1 then, 3 now; learning_rate=0.004 then, 0.1 now\)",
     ):
         train(few, replace(RECIPE, learning_rate=0.1), checkpoint=tmp_path / "c.pt")
+
+
+class StopNowError(Exception):
+    pass
+
+
+def interrupt_after(steps: int, step=training.plain_step):
+    done = 0
+
+    def counted(*parts):
+        nonlocal done
+        done += 1
+        if done > steps:
+            raise StopNowError
+        return step(*parts)
+
+    return counted
+
+
+DAMAGES = {
+    "a page of zeros": lambda raw, at: raw[:at] + bytes(4096) + raw[at + 4096 :],
+    "a flipped bit": lambda raw, at: raw[:at] + bytes([raw[at] ^ 0x40]) + raw[at + 1 :],
+    "the rest is missing": lambda raw, at: raw[:at],
+    "a byte too many": lambda raw, at: raw[:at] + b"x" + raw[at:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_refused_or_harmless(few, tmp_path, damage):
+    path = tmp_path / "c.pt"
+    with pytest.raises(StopNowError):
+        train(few, checkpoint=path, step=interrupt_after(5))
+    good = path.read_bytes()
+    whole, _ = train(few, checkpoint=path)
+    refused = 0
+    for place in range(1, 20):
+        path.write_bytes(damage(good, len(good) * place // 20 + place))
+        try:
+            weights, _ = train(few, checkpoint=path)
+            assert_equal(weights, whole)
+        except RuntimeError as error:
+            refused += f"checkpoint {path} is damaged" in str(error)
+    assert refused >= 15
+
+
+def test_checksums_are_written_even_where_the_process_does_without(few, tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        train(few, replace(RECIPE, epochs=1), checkpoint=tmp_path / "c.pt")
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    train(few, replace(RECIPE, epochs=1), checkpoint=tmp_path / "c.pt")
+
+
+DRAWS = {
+    "torch": lambda: float(torch.rand(())),
+    "random": random.random,
+    "numpy": lambda: float(np.random.rand()),
+    "numpy, normal": lambda: float(np.random.normal()),
+    "random, normal": lambda: random.gauss(0, 1),
+    "shuffle": lambda: random.sample(range(9), 9)[0] / 9,
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_random_numbers_go_on_where_a_training_was_interrupted(few, tmp_path, draw):
+    def mixed(model, images, labels, loss_function, optimizer):
+        images = images + 0.1 * draw() * images.flip(0)
+        return training.plain_step(model, images, labels, loss_function, optimizer)
+
+    whole, _ = train(few, step=mixed)
+    again, _ = train(few, step=mixed)
+    assert_equal(whole, again)
+    with pytest.raises(StopNowError):
+        train(few, checkpoint=tmp_path / "c.pt", step=interrupt_after(6, mixed))
+    random.seed(999), np.random.seed(999)  # another process begins with other numbers
+    resumed, _ = train(few, checkpoint=tmp_path / "c.pt", step=mixed)
+    assert_equal(whole, resumed)
 
 
 def test_a_damaged_checkpoint_is_named(few, tmp_path):

@@ -1,0 +1,88 @@
+"""What must stay as it is when somebody's model is used: the mode of each module, and the weights they share.
+
+A module that was frozen in eval mode, such as a BatchNorm in fine-tuning, stays frozen; weights that two
+layers share stay shared on every device.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def modes(model: nn.Module) -> dict[nn.Module, bool]:
+    """Whether each module of the model is in training mode."""
+    return {module: module.training for module in model.modules()}
+
+
+def restore(modes: dict[nn.Module, bool]) -> None:
+    """Brings each module back into the mode that `modes` found."""
+    for module, training in modes.items():  # a parent comes before its children, and takes them along
+        if module.training != training:
+            module.train(training)
+
+
+def for_training(model: nn.Module) -> dict[nn.Module, bool]:
+    """Puts the model into the modes to train in, and gives them. A model in training mode keeps the modules
+    that are in eval mode; one that is in eval mode as a whole is put into training mode as a whole.
+    """
+    if not model.training:
+        model.train()
+    return modes(model)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The whole model in eval mode; afterwards each module in the mode in which it was."""
+    before = modes(model)
+    model.eval()
+    try:
+        yield
+    finally:
+        restore(before)
+
+
+def memory_key(tensor: torch.Tensor) -> tuple[str, int]:
+    """Equal for tensors that begin at the same memory; by identity where memory has no address."""
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type in ("cpu", "cuda")
+    address = tensor.data_ptr() if plain and tensor.layout == torch.strided and tensor.numel() else 0
+    return ("address", address) if address else ("object", id(tensor))
+
+
+def move(
+    model: nn.Module, device: torch.device, memory_format: torch.memory_format = torch.preserve_format
+) -> nn.Module:
+    """The model itself, on a device. Parameters and buffers that are one tensor stay one: torch's own `to`
+    makes several of it where it makes new tensors, as on XLA.
+
+    Raises ValueError for parameters that are several tensors over the same memory, which would come apart.
+    """
+    entries = [(table, name) for table in _tables(model) for name in table if table[name] is not None]
+    shared, places = defaultdict(list), defaultdict(dict)
+    for table, name in entries:
+        shared[id(table[name])].append((table, name))
+        places[memory_key(table[name])][id(table[name])] = table[name]
+    moves = any(tensor.device != device for tensors in places.values() for tensor in tensors.values())
+    for tensors in places.values():
+        if moves and len(tensors) > 1:
+            names = [name for name, tensor in _named(model) if id(tensor) in tensors]
+            raise ValueError(
+                f"{' and '.join(names)} are several tensors over the same memory, and would be trained apart "
+                f"on {device}: make them one, as in `model.b.weight = model.a.weight`"
+            )
+    model.to(device, memory_format=memory_format)
+    for (first, its_name), *others in shared.values():
+        for table, name in others:
+            table[name] = first[its_name]
+    return model
+
+
+def _tables(model: nn.Module) -> list[dict[str, torch.Tensor | None]]:
+    return [table for module in model.modules() for table in (module._parameters, module._buffers)]
+
+
+def _named(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    parameters = model.named_parameters(remove_duplicate=False)
+    return [*parameters, *model.named_buffers(remove_duplicate=False)]
