@@ -176,6 +176,31 @@ class Unloadable:
         return int, ("not a number",)
 
 
+class NeedsHintError(Exception):
+    """Its message does not fit its arguments, so that it cannot be made again from them."""
+
+    def __init__(self, code, *, hint):
+        super().__init__(f"{code}: {hint}")
+
+
+class WithoutTextError(Exception):
+    def __str__(self):
+        raise ZeroDivisionError
+
+
+def gives_exception(rank):
+    return NeedsHintError(3, hint="more") if dist.get_rank() == rank else None
+
+
+def raises_odd(kind):
+    if dist.get_rank() == 1:
+        raise {
+            "hint": NeedsHintError(3, hint="more"),
+            "text": WithoutTextError(),
+            "line": ValueError("\n \nsaid"),
+        }[kind]
+
+
 # The cases.
 
 
@@ -204,6 +229,31 @@ def crash():
     error = failure(crashes, 2, 1)
     assert error.rank == 1
     assert error.reason.startswith("killed by SIGSEGV")
+
+
+def stopped():
+    """The ranks that time out wait for the one that says nothing: it is to blame."""
+    error = failure(dies, 3, 1, signal.SIGSTOP, timeout_seconds=2)
+    assert error.rank == 1, str(error)
+    assert error.reason.startswith("gave no answer")
+    assert re.search(r"rank [02] waited: .*(time-?out|timed out)", str(error), re.IGNORECASE)
+
+
+def odd_exceptions():
+    for kind, reason in (
+        ("hint", "NeedsHintError: 3: more"),
+        ("text", "WithoutTextError: its message cannot be had, str() raises ZeroDivisionError"),
+        ("line", "ValueError: said"),
+    ):
+        error = failure(raises_odd, 2, kind)
+        assert (error.rank, error.reason) == (1, reason)
+        assert "in raises_odd" in error.place
+
+
+def unloadable_result():
+    error = failure(gives_exception, 2, 1)
+    assert error.rank == 1
+    assert "its result cannot be unpickled: TypeError" in error.reason
 
 
 def system_exit():
@@ -386,6 +436,9 @@ FAULTS = {
         killed,
         terminated,
         crash,
+        stopped,
+        odd_exceptions,
+        unloadable_result,
         system_exit,
         exit_at_once,
         unequal_collectives,

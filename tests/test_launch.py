@@ -1,5 +1,6 @@
 """Worker processes: what comes back, what is shown, and (from launch_faults) everything that can go wrong."""
 
+import enum
 import os
 import socket
 import subprocess
@@ -7,8 +8,10 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 
+import cloudpickle
 import launch_faults
 import psutil
 import pytest
@@ -38,6 +41,101 @@ def test_a_function_that_mentions_torch_and_classes_can_be_sent(digits):
         return torch.tensor(len(splits.classes)), torch.ops.aten.add(1, 1)
 
     assert launch.run(count, 1, digits) == [(torch.tensor(10), 2)]
+
+
+SCALE = 1.0
+
+
+class Counted:
+    """A class as one of a notebook's cell: sent by value (`by_value`)."""
+
+    made, table = 0, {}
+
+    def __init__(self, number):
+        self.number = number
+
+    def scaled(self):
+        return SCALE * self.number
+
+
+class CountedModule(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.layer(x) * SCALE
+
+
+class Kind(enum.Enum):
+    ONE = 1
+
+
+@pytest.fixture
+def by_value():
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def test_what_comes_back_leaves_the_callers_classes_alone(by_value, monkeypatch):
+    def work(given):
+        Counted.made = 99  # in the rank only
+        return {"new": Counted(3), "given": given, "module": CountedModule(), "kind": Kind.ONE}
+
+    methods = Counted.scaled, Counted.table, CountedModule.forward
+    for made in (5, 6):
+        Counted.made = made
+        found = launch.run(work, 1, [Counted(4)])[0]
+        monkeypatch.setitem(globals(), "SCALE", 10.0 * made)
+        assert (Counted.scaled, Counted.table, CountedModule.forward) == methods
+        assert Counted.table is methods[1]
+        assert Counted.made == made
+        assert isinstance(found["new"], Counted)
+        assert found["new"].scaled() == 30.0 * made
+        assert found["given"][0].scaled() == 40.0 * made
+        assert torch.equal(found["module"](torch.ones(1, 2)), found["module"].layer(torch.ones(1, 2)) * SCALE)
+        assert found["kind"] is Kind.ONE
+
+
+def test_a_class_made_in_a_rank_comes_back_whole():
+    def work():
+        class Inner:
+            factor = 3
+
+            def times(self, x):
+                return self.factor * x
+
+        return Inner()
+
+    assert launch.run(work, 1)[0].times(2) == 6
+
+
+@pytest.mark.parametrize("draw", ["random.random()", "np.random.rand()", "random.getrandbits(64)"])
+def test_ranks_draw_different_numbers(draw):
+    def work():
+        import random  # noqa: F401
+
+        import numpy as np  # noqa: F401
+
+        return eval(draw)
+
+    drawn = [number for _ in range(2) for number in launch.run(work, 2)]
+    assert len(set(drawn)) == 4
+
+
+def test_several_launches_at_once_from_threads():
+    def work(number):
+        x = torch.tensor([float(number)])
+        dist.all_reduce(x)
+        return float(x)
+
+    script = sys.modules["__main__"]
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda number: launch.run(work, 2, number), range(3)))
+        assert found == [[0.0, 0.0], [2.0, 2.0], [4.0, 4.0]]
+        assert sys.modules["__main__"] is script
 
 
 def test_one_rank_is_enough():

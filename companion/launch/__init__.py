@@ -16,18 +16,17 @@ import multiprocessing
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing import forkserver
-from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
 
 from companion import devices, host
 from companion.launch import pickling
-from companion.launch.protocol import Order, State
+from companion.launch.outcome import WorkerError as WorkerError
+from companion.launch.outcome import collect
 from companion.launch.ranks import Rank
 
 PRELOAD = [
@@ -40,25 +39,6 @@ PRELOAD = [
     "tqdm.notebook",
     "companion.training",
 ]
-_PATIENCE_SECONDS = (
-    0.7  # for how long what may be the echo of another rank's failure waits for news of that one
-)
-
-
-class WorkerError(RuntimeError):
-    """A rank failed, was killed, or did not end in time.
-
-    The message has its traceback, and where the other ranks were.
-
-    `rank` is the one that failed first (None for a time-out of the whole), `reason` what happened in one
-    line, `place` the line of the user's code where it did, if known.
-    """
-
-    def __init__(self, reason: str, rank: int | None, place: str, details: str):
-        super().__init__(
-            "\n".join([reason if rank is None else f"rank {rank} failed first: {reason}", details]).rstrip()
-        )
-        self.rank, self.reason, self.place = rank, reason, place
 
 
 def device() -> torch.device:
@@ -178,7 +158,7 @@ def run(
             own = {"RANK": rank.number, "LOCAL_RANK": rank.number, "COMPANION_DEVICE": place}
             variables = dict(os.environ) | {name: str(value) for name, value in (shared | own).items()}
             rank.start(context, payload, cells, variables, method, backend, timeout_seconds)
-        return _collect(ranks, limit_seconds)
+        return collect(ranks, limit_seconds)
     finally:
         for rank in ranks:
             rank.end()
@@ -232,66 +212,3 @@ def _cells() -> dict[str, tuple[str, list[str]]]:
         if len(entry) == 4 and not os.path.exists(name)
     }
     return {name: (" ".join(known(name) or ("File", f'"{name}"')), lines) for name, lines in cells.items()}
-
-
-def _hear(ranks: list[Rank], seconds: float) -> None:
-    """Takes in what the ranks say; waits at most `seconds` for something."""
-    sources = {source: rank for rank in ranks for source in rank.sources()}
-    for source in wait(list(sources), min(seconds, 3600)):
-        if (
-            source in sources[source].sources()
-        ):  # still: the end of a rank is heard together with its last words
-            sources[source].hear(source)
-
-
-def _collect(ranks: list[Rank], limit_seconds: float) -> list:
-    """The results by rank, once all have returned; raises WorkerError as soon as it is clear which rank
-    failed first.
-    """
-    late, settled = time.monotonic() + limit_seconds, math.inf
-    while any(rank.result is None for rank in ranks):
-        now, failures = time.monotonic(), [rank.failure for rank in ranks if rank.failure]
-        if failures:
-            settled = min(
-                settled, now + (_PATIENCE_SECONDS if all(failure.echo for failure in failures) else 0.1)
-            )
-        if now >= settled:
-            first = min(
-                (rank for rank in ranks if rank.failure),
-                key=lambda rank: (rank.failure.echo, rank.failure.seconds),
-            )
-            details = "\n".join([first.failure.details, _whereabouts(ranks, first)])
-            raise WorkerError(first.failure.reason, first.number, first.failure.place, details)
-        if now >= late:
-            raise WorkerError(
-                f"time-out: not all ranks returned within {limit_seconds:g} s", None, "", _whereabouts(ranks)
-            )
-        _hear(ranks, min(settled, late) - now)
-    for rank in ranks:
-        rank.leave()
-    end = time.monotonic() + 10
-    while any(rank.state is not State.ENDED for rank in ranks) and (now := time.monotonic()) < end:
-        _hear(ranks, end - now)
-    return [pickling.unpack(rank.result) for rank in ranks]
-
-
-def _whereabouts(ranks: list[Rank], but: Rank | None = None) -> str:
-    """What each rank, but one, was doing."""
-    running = [rank for rank in ranks if rank.state is State.RUNNING and not rank.failure]
-    for rank in running:
-        rank.tell(Order.SAY_PLACE)
-    # A busy machine needs long to answer; a rank in native code that holds the GIL never does.
-    end = time.monotonic() + 3
-    while not all(rank.place or rank.failure for rank in running) and (now := time.monotonic()) < end:
-        _hear(ranks, end - now)
-    said: dict[str, list[str]] = {}
-    for rank in ranks:
-        if rank is not but:
-            said.setdefault(rank.whereabouts(), []).append(str(rank.number))
-    lines = [
-        (f"rank {who[0]}", what)
-        if not who[1:]
-        else (f"ranks {', '.join(who)}", what.replace("was", "were", 1))
-        for what, who in said.items()
-    ]
-    return "\n".join(f"{who} {what}" for who, what in lines)

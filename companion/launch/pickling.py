@@ -6,12 +6,42 @@ import importlib
 import inspect
 import io
 import math
+import pickle
 import sys
 import types
+from collections.abc import Callable
 
 import cloudpickle
+from cloudpickle import cloudpickle as insides
 
-unpack = cloudpickle.loads
+
+class _Unpickler(pickle.Unpickler):
+    """Leaves classes that are here already as they are. cloudpickle finds the class of an object that comes
+    back from another process, and would give it the methods, attributes and globals that it had there.
+    """
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file)
+        self.here: set[type] = set()
+
+    def find_class(self, module: str, name: str) -> object:
+        found = super().find_class(module, name)
+        if found in (insides._make_skeleton_class, insides._make_skeleton_enum):
+            return lambda *about: self._class(found, about)
+        if found is insides._class_setstate:
+            return lambda kind, state: kind if kind in self.here else found(kind, state)
+        return found
+
+    def _class(self, make: Callable[..., type], about: tuple) -> type:
+        known = set(insides._DYNAMIC_CLASS_TRACKER_BY_CLASS)
+        kind = make(*about)
+        self.here |= {kind} & known
+        return kind
+
+
+def unpack(packed: bytes) -> object:
+    """What `pack` packed. Classes that this process has are not changed by it."""
+    return _Unpickler(io.BytesIO(packed)).load()
 
 
 class _TooLargeError(Exception):

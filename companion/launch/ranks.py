@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import types
 import warnings
@@ -13,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from companion.launch import worker
 from companion.launch.protocol import Failure, Order, Report, State
 
+_starting = threading.Lock()  # one at a time, since `start` puts another module in the place of __main__
 _CHATTER = re.compile(r"\[Gloo\] Rank \d+ is connected to")  # what gloo prints whenever a group is made
 
 
@@ -31,13 +33,16 @@ class Rank:
         self.pipes, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         self.control, self.rest = self.pipes[0], {self.pipes[1]: b"", self.pipes[2]: b""}
         self.process = context.Process(target=worker.main, args=(*theirs, payload, *about))
-        script = sys.modules["__main__"]
-        # Else each rank would import, and so run, a script again.
-        sys.modules["__main__"] = types.ModuleType("__main__")
         try:
-            self.process.start()
+            with _starting:
+                script = sys.modules["__main__"]
+                # Else each rank would import, and so run, a script again.
+                sys.modules["__main__"] = types.ModuleType("__main__")
+                try:
+                    self.process.start()
+                finally:
+                    sys.modules["__main__"] = script
         finally:
-            sys.modules["__main__"] = script
             for pipe in theirs:
                 pipe.close()
 

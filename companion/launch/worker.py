@@ -8,6 +8,7 @@ import io
 import linecache
 import multiprocessing
 import os
+import random
 import re
 import signal
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -67,6 +69,8 @@ def main(control, out, err, payload, cells, variables, start_method, backend, ti
 
     threading.Thread(target=obey, daemon=True).start()
     _relay_bars(send, rank)
+    random.seed()  # or all ranks, in all launches, would draw the numbers of the server they come from
+    np.random.seed()
     try:
         torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
         if variables["COMPANION_DEVICE"].startswith("cuda"):
@@ -93,8 +97,16 @@ def _explain(error: BaseException, cells: dict) -> tuple[str, str, str, bool]:
     for filename, (name, _) in cells.items():
         text = text.replace(f'File "{filename}"', name)
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
-    reason = f"{type(error).__name__}: {error}".splitlines()[0] + notes
+    reason = f"{type(error).__name__}: {_said(error)}".rstrip(": ") + notes
     return reason, text, _place(traceback.extract_tb(trace), cells), bool(_ECHO.search(reason))
+
+
+def _said(error: BaseException) -> str:
+    """The first line of the error's message that says something."""
+    try:
+        return next((line for line in str(error).splitlines() if line.strip()), "")
+    except Exception as failure:
+        return f"its message cannot be had, str() raises {type(failure).__name__}"
 
 
 def _place(frames: traceback.StackSummary, cells: dict) -> str:
