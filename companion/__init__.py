@@ -14,6 +14,7 @@ MODULES = (
     "ddp",
     "devices",
     "diagrams",
+    "dispatch",
     "executed",
     "figures",
     "fusing",

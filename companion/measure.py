@@ -4,6 +4,7 @@ import math
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from companion import devices, host, modules
+from companion import devices, dispatch, host, modules
 
 WILD = 0.5  # rounds whose middle half spreads over more than this share of their median disagree wildly
 
@@ -276,11 +277,16 @@ def _endless(batches: Iterable) -> Iterator:
 
 
 def macs(model: nn.Module, example: torch.Tensor) -> int:
-    """Multiply-accumulate operations of one forward pass on `example`, counted by torch's FlopCounterMode (2
-    FLOPs each).
-    """
-    from torch.utils.flop_counter import FlopCounterMode
+    """Multiply-accumulate operations of one forward pass on `example`, by torch's formulas, in all
+    threads that it starts; the model stays as it was.
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    Warns, with their names, of operators that may have some and for which there is no formula. Those that
+    compute with each element by itself, such as an activation or a normalization, have none by convention.
+    """
+    counted = dispatch.Counted()
+    with torch.no_grad(), modules.unchanged(model), dispatch.in_all_threads(counted.counter):
         model(example)
-    return counter.get_total_flops() // 2
+    if counted.unknown:
+        names = ", ".join(sorted(counted.unknown))
+        warnings.warn(f"not counted, since there is no formula: the MACs of {names}", stacklevel=2)
+    return counted.macs

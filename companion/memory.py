@@ -3,22 +3,29 @@ size misleads.
 """
 
 import io
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+
+from companion import dispatch
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters and buffers in memory; tensors that share storage count once."""
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in (*model.parameters(), *model.buffers())
-    }
-    return sum(storages.values())
+    """Bytes of the model's parameters and buffers in memory, or of what they would take (on the meta device);
+    tensors that share storage count once.
+    """
+    sizes: dict[tuple[str, int], int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        storages = parts(tensor)
+        sizes |= {("storage", storage._cdata): storage.nbytes() for storage in storages}
+        if not storages:
+            sizes["tensor", id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(sizes.values())
 
 
 def disk_bytes(model: nn.Module) -> int:
@@ -33,40 +40,88 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-class _Allocations(TorchDispatchMode):
-    """Adds up the bytes of the storages that operators make, and takes them off when they die."""
+class _Live:
+    """Bytes of the storages that are alive, of those that operators made or made larger, and their peak."""
 
     def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: dict[int, weakref.finalize] = {}
+        self.lock, self.now, self.peak = threading.RLock(), 0, 0
+        self.sizes: dict[int, int] = {}  # what counts of each storage, by its address
+        self.there: dict[int, int] = {}  # what does not: bytes that were there before
 
-    def _free(self, key: int, size: int) -> None:
-        self.live -= size
-        del self.seen[key]
+    def mode(self) -> TorchDispatchMode:
+        """Counts in the thread that enters it."""
+        return _Allocations(self)
+
+    def note(self, storage: torch.UntypedStorage, there: int = 0) -> None:
+        """Its size now; the first time, with the bytes that were `there` before."""
+        with self.lock:
+            key = storage._cdata
+            size = storage.nbytes() - self.there.setdefault(key, there)
+            if key not in self.sizes:
+                weakref.finalize(storage, self._free, key)
+            self.now += size - self.sizes.get(key, 0)
+            self.sizes[key] = size
+            self.peak = max(self.peak, self.now)
+
+    def _free(self, key: int) -> None:
+        with self.lock:
+            self.now -= self.sizes.pop(key)
+            del self.there[key]
+
+
+class _Allocations(TorchDispatchMode):
+    """Tells of the storages that operators make, or resize."""
+
+    def __init__(self, live: _Live):
+        super().__init__()
+        self.live = live
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [part for tensor in _tensors((args, kwargs)) for part in parts(tensor)]
+        before = {storage._cdata: (storage, storage.nbytes()) for storage in given}
         result = function(*args, **(kwargs or {}))
-        before = {
-            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
-        for tensor in tree_leaves(result):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and (key := (storage := tensor.untyped_storage())._cdata) not in self.seen
-                and key not in before
-            ):
-                self.live += storage.nbytes()
-                self.seen[key] = weakref.finalize(storage, self._free, key, storage.nbytes())
-        self.peak = max(self.peak, self.live)
+        for storage, size in before.values():
+            if storage.nbytes() != size and storage._cdata not in self.live.sizes:
+                self.live.note(storage, size)  # it was there before, and has grown
+        for storage in (part for tensor in _tensors(result) for part in parts(tensor)):
+            if storage._cdata not in before or storage._cdata in self.live.sizes:
+                self.live.note(storage)
         return result
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+_SPARSE = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
+
+
+def parts(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
+    """The storages of a tensor: one; of a sparse one, or one that wraps others (nested, quantized, shared out
+    over ranks), those of its parts. A tensor whose device or layout keeps it (XLA, MKL-DNN) has none.
+    """
+    if tensor.layout in _SPARSE:
+        return [part for name in _SPARSE[tensor.layout] for part in parts(getattr(tensor, name)())]
+    if is_traceable_wrapper_subclass(tensor):
+        return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
+    try:
+        return [tensor.untyped_storage()]
+    except (NotImplementedError, RuntimeError):
+        return []
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Most bytes of tensors alive at once during one call of `function`, above what was alive before it.
 
-    On CUDA the allocator's own figure; elsewhere counted from the tensors that operators return, so that an
-    operator's private workspace is not seen. Process memory would mislead: it keeps what was freed.
+    On CUDA the allocator's own figure; elsewhere counted from the tensors that operators return, in all
+    threads that the function starts, so that an operator's private workspace is not seen. Process memory
+    would mislead: it keeps what was freed.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -76,9 +131,10 @@ def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _Allocations() as allocations:
+    live = _Live()
+    with dispatch.in_all_threads(live.mode):
         function()
-    return allocations.peak
+    return live.peak
 
 
 class SavedBytes:

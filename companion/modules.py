@@ -44,6 +44,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         restore(before)
 
 
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model's buffers (BatchNorm's statistics), its gradients, and torch's random numbers on
+    the CPU are as they were.
+    """
+    buffers = [(table, name, table[name], table[name].clone()) for table, name in _buffers(model)]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    random = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for table, name, buffer, before in buffers:
+                table[name] = buffer.copy_(before)
+        for parameter, before in gradients:
+            parameter.grad = before
+        torch.set_rng_state(random)
+
+
+def _buffers(model: nn.Module) -> list[tuple[dict, str]]:
+    tables = [module._buffers for module in model.modules()]
+    return [(table, name) for table in tables for name in table if table[name] is not None]
+
+
 def memory_key(tensor: torch.Tensor) -> tuple[str, int]:
     """Equal for tensors that begin at the same memory; by identity where memory has no address."""
     plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type in ("cpu", "cuda")

@@ -1,6 +1,8 @@
 import os
 import subprocess
+import threading
 import time
+from concurrent import futures
 
 import pytest
 import torch
@@ -168,6 +170,84 @@ def test_operators_are_found_longest_first():
 def test_macs_are_those_of_the_formula():
     assert measure.macs(nn.Linear(100, 10), torch.zeros(4, 100)) == 4000
     assert measure.macs(nn.Conv2d(3, 6, 5), torch.zeros(1, 3, 32, 32)) == 6 * 28 * 28 * 3 * 5 * 5
+
+
+class Threaded(nn.Module):
+    """Runs its layer in a thread of its own, or in a pool."""
+
+    def __init__(self, pool: bool):
+        super().__init__()
+        self.layer, self.pool = nn.Linear(100, 10), futures.ThreadPoolExecutor(1) if pool else None
+
+    def forward(self, x):
+        if self.pool:
+            return self.pool.submit(self.layer, x).result()
+        found = []
+        thread = threading.Thread(target=lambda: found.append(self.layer(x)))
+        thread.start()
+        thread.join()
+        return found[0]
+
+
+class Products(nn.Module):
+    def forward(self, x):
+        return (x @ x[0]) + torch.dot(x[0], x[1]) + torch.addmv(x[:, 0], x, x[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "macs"),
+    [
+        (Threaded(pool=False), torch.zeros(4, 100), 4000),
+        (Threaded(pool=True), torch.zeros(4, 100), 4000),
+        (Products(), torch.ones(4, 8), 4 * 8 + 8 + 4 * 8),
+        (nn.LSTM(4, 8, batch_first=True), torch.zeros(3, 5, 4), 15 * (32 * 4 + 32 * 8)),
+        (nn.LSTM(4, 8, bidirectional=True), torch.zeros(5, 3, 4), 2 * 15 * (32 * 4 + 32 * 8)),
+        (nn.GRU(4, 8), torch.zeros(5, 3, 4), 15 * (24 * 4 + 24 * 8)),
+        (nn.MultiheadAttention(8, 2).eval(), None, 5 * 8 * 24 + 5 * 8 * 8 + 2 * 5 * 5 * 8),
+        (nn.Sequential(nn.Hardswish(), nn.ReLU6(inplace=True), nn.Softmax(1)), torch.zeros(4, 100), 0),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_macs_of_operators_without_a_formula_of_torchs_and_in_threads(model, example, macs):
+    if example is None:
+        attention, example = model, torch.zeros(5, 1, 8)
+        model = nn.Module()
+        model.forward = lambda x: attention(x, x, x, need_weights=False)
+    assert measure.macs(model, example) == macs
+
+
+class Unknown(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x) + x @ x.T
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda x: torch.fft.fft(x, n=4).real, "aten._fft_r2c"),
+        (lambda x: torch.cdist(x, x), "aten._cdist_forward"),
+        (lambda x: torch.linalg.solve(torch.eye(4), x @ x.T), "aten._linalg_solve_ex"),
+    ],
+)
+def test_operators_that_cannot_be_counted_are_named(function, name):
+    with pytest.warns(UserWarning, match=name):
+        assert measure.macs(Unknown(function), torch.ones(4, 8)) >= 4 * 4 * 8
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten())
+    model[0].weight.grad = gradient = torch.ones_like(model[0].weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    measure.macs(model, torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.training
+    assert model[0].weight.grad is gradient
 
 
 def test_spreads_measured_apart_give_the_widest_range():
