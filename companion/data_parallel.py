@@ -8,7 +8,6 @@ each piece, and the outputs are joined on the first device. Source: `torch.nn.pa
 does so on GPUs only.
 """
 
-import copy
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -31,8 +30,9 @@ class ThreadedDataParallel(nn.Module):
     replica.
 
     As in nn.DataParallel the first replica shares the module's buffers and the others have copies that are
-    thrown away: only the first piece of a batch moves BatchNorm's running statistics. `threads` are those of
-    each replica's operators on a CPU.
+    thrown away: only the first piece of a batch moves BatchNorm's running statistics. What `forward` sets on
+    the module (a counter, a tensor that it keeps) is lost; hooks are called once for each replica. `threads`
+    are those of each replica's operators on a CPU.
 
     Raises ValueError for inputs that do not agree on a batch, TypeError for outputs that cannot be joined;
     what a replica raises is raised again, with a note that names the replica, its device, and the shapes it
@@ -79,17 +79,38 @@ def scatter(inputs: object, places: Sequence[torch.device]) -> list:
 
 
 def replicate(module: nn.Module, places: Sequence[torch.device]) -> list[nn.Module]:
-    """The module itself, and for each further device a copy whose parameters lead gradients back to the
-    module's.
+    """A replica for each device, as nn.DataParallel makes them: whatever is no parameter, buffer or module is
+    shared with the module, and what `forward` sets on itself is lost.
+
+    The first replica has the module's own parameters and buffers; those of the others are copies, and the
+    parameters' lead gradients back. Raises TypeError for a scripted module.
     """
-    replicas = [module]
-    for place in places[1:]:
-        tensors = {
-            id(tensor): tensor.to(place, copy=True) for tensor in (*module.parameters(), *module.buffers())
-        }
-        # Deepcopy takes for its own copies what it finds in there.
-        replicas.append(copy.deepcopy(module, tensors))
-    return replicas
+    if scripted := [
+        name for name, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)
+    ]:
+        raise TypeError(
+            f"{scripted[0] or 'the model'} is scripted: replicate the module it was scripted from"
+        )
+    return [replica(module, None if number == 0 else place) for number, place in enumerate(places)]
+
+
+def replica(module: nn.Module, place: torch.device | None) -> nn.Module:
+    """One of them, with copies of parameters and buffers on a device, or with the module's own."""
+    tensors = [*module.parameters(), *module.buffers()]
+    copies = {id(tensor): tensor.to(place, copy=True) if place else tensor for tensor in tensors}
+    # Each module's own way to be copied but for its tensors: nn.LSTM and its like have one.
+    replicas = {part: part._replicate_for_data_parallel() for part in module.modules()}
+    for part, copied in replicas.items():
+        for name, child in part._modules.items():
+            copied._modules[name] = None if child is None else replicas[child]
+        for name, buffer in part._buffers.items():
+            copied._buffers[name] = None if buffer is None else copies[id(buffer)]
+        for name, parameter in part._parameters.items():
+            if parameter is None:
+                copied._parameters[name] = None
+            else:
+                setattr(copied, name, copies[id(parameter)])  # of a copy a tensor, which is no leaf
+    return replicas[module]
 
 
 def parallel_apply(

@@ -64,7 +64,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _buffers(model: nn.Module) -> list[tuple[dict, str]]:
-    tables = [module._buffers for module in model.modules()]
+    tables = [module._buffers for module in _own(model)]
     return [(table, name) for table in tables for name in table if table[name] is not None]
 
 
@@ -104,7 +104,12 @@ def move(
 
 
 def _tables(model: nn.Module) -> list[dict[str, torch.Tensor | None]]:
-    return [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    return [table for module in _own(model) for table in (module._parameters, module._buffers)]
+
+
+def _own(model: nn.Module) -> list[nn.Module]:
+    """Its modules, but for scripted ones: those keep their tensors to themselves."""
+    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
 
 
 def _named(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

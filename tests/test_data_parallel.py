@@ -1,11 +1,14 @@
 """Replicas in threads compute what the one model does, whatever the inputs look like."""
 
 import copy
+import socket
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from companion import data_parallel, models, parity
 from companion.data_parallel import ThreadedDataParallel
@@ -162,6 +165,117 @@ def test_other_architectures(make, shape):
     net(x).pow(2).mean().backward()
     threaded(x).pow(2).mean().backward()
     assert parity.difference(parity.gradients(threaded), parity.gradients(net)) < 1e-5
+
+
+class Holding(nn.Module):
+    """A model with something that cannot be copied, or must not be."""
+
+    def __init__(self, **held):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(4, 3), 0
+        self.__dict__.update(held)
+
+    def forward(self, x):
+        self.calls += 1
+        self.kept = self.layer(x)
+        if hasattr(self, "sizes"):
+            self.sizes.append(len(x))
+        return self.kept
+
+
+HELD = {
+    "a lock": threading.Lock,
+    "a condition": threading.Condition,
+    "a module": lambda: threading,
+    "a generator": lambda: (i for i in range(9)),
+    "a random generator": torch.Generator,
+    "a socket": socket.socket,
+    "an intermediate tensor": lambda: torch.ones(3, requires_grad=True) * 2,
+}
+
+
+@pytest.mark.parametrize("make", HELD.values(), ids=HELD)
+def test_what_a_model_holds_is_shared_by_its_replicas(make):
+    held = make()
+    net, x = Holding(held=held), torch.randn(6, 4)
+    threaded = ThreadedDataParallel(net, ["cpu"] * 2)
+    for _ in range(3):  # from the second on, it holds what forward has kept
+        net.zero_grad()
+        threaded(x).sum().backward()
+    found = parity.gradients(net)
+    net.zero_grad()
+    net(x).sum().backward()
+    assert parity.difference(found, parity.gradients(net)) < 1e-5
+    assert net.held is held
+    if isinstance(held, socket.socket):
+        held.close()
+
+
+def test_what_forward_sets_is_lost_and_what_it_changes_in_place_stays():
+    net = Holding(sizes=[])
+    ThreadedDataParallel(net, ["cpu"] * 3)(torch.randn(7, 4))
+    assert sorted(net.sizes) == [1, 3, 3]
+    assert net.calls == 0
+    assert not hasattr(net, "kept")
+
+
+def test_a_hook_sees_each_replicas_samples():
+    class Collector:
+        def __init__(self, module):
+            self.seen = []
+            module.register_forward_hook(self.hook)
+
+        def hook(self, module, args, output):
+            self.seen.append(len(output))
+
+    net, closure = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), []
+    collector = Collector(net[0])
+    net[1].register_forward_hook(lambda module, args, output: closure.append(len(output)))
+    ThreadedDataParallel(net, ["cpu"] * 2)(torch.randn(7, 4))
+    assert sorted(collector.seen) == sorted(closure) == [3, 4]
+
+
+def pruned() -> nn.Module:
+    layer = nn.Linear(4, 3)
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    return layer
+
+
+CHANGED = {
+    "weight_norm": lambda: nn.utils.weight_norm(nn.Linear(4, 3)),
+    "spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 3)),
+    "pruned": pruned,
+    "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 3)),
+    "spectral, parametrized": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)),
+    "without a bias": lambda: nn.Linear(4, 3, bias=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("make", CHANGED.values(), ids=CHANGED)
+def test_layers_whose_weights_are_computed(make):
+    net, x = nn.Sequential(make(), nn.ReLU(), nn.Linear(3, 2)).eval(), torch.randn(6, 4)
+    threaded = ThreadedDataParallel(net, ["cpu"] * 2)
+    for _ in range(2):
+        net.zero_grad()
+        expected = net(x)
+        expected.sum().backward()
+        gradients = parity.gradients(net)
+        net.zero_grad()
+        output = threaded(x)
+        output.sum().backward()
+        assert torch.allclose(output, expected, atol=1e-6)
+        assert parity.difference(parity.gradients(net), gradients) < 1e-5
+    net.train()
+    threaded(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def test_a_scripted_part_is_refused():
+    net = nn.Sequential(nn.Linear(4, 3), torch.jit.script(nn.Linear(3, 2)))
+    with pytest.raises(TypeError, match="1 is scripted: replicate the module"):
+        ThreadedDataParallel(net, ["cpu"] * 2)(torch.randn(6, 4))
 
 
 def test_tied_weights_stay_tied():
