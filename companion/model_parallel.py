@@ -83,7 +83,8 @@ def train(
     """
     if at is None:
         at = _balanced(model, splits.train.images[: max(1, recipe.batch_size // micro_batches)], schedule)
-    pipeline = Pipeline(splitting.split(model, at), schedule, micro_batches)
+    stages = splitting.split(model, at, splits.train.images[:2])
+    pipeline = Pipeline(stages, schedule, micro_batches)
 
     def step(own, images, labels, loss_function, optimizer) -> torch.Tensor:
         optimizer.zero_grad()

@@ -10,147 +10,95 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from companion import measure
-
-
-class SplitError(ValueError):
-    """The model cannot be cut as asked; the message says where and why."""
+from companion import measure, modules, stages
+from companion.tracing import SplitError as SplitError
+from companion.tracing import follow
 
 
-class _Tracer(fx.Tracer):
-    """Follows a model's forward, but does not look into `closed` modules."""
-
-    def __init__(self, closed: Sequence[nn.Module] = ()):
-        super().__init__()
-        self.closed = closed
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return any(module is one for one in self.closed) or super().is_leaf_module(module, name)
-
-
-def _trace(model: nn.Module, closed: Sequence[nn.Module] = ()) -> fx.GraphModule:
-    """The model's forward as a graph, `closed` modules as single nodes. The children of a plain nn.Sequential
-    need not be traceable.
-    """
-    try:
-        return fx.GraphModule(model, _Tracer(closed).trace(model))
-    except Exception as error:
-        if isinstance(model, nn.Sequential):
-            return fx.GraphModule(model, _Tracer(list(model)).trace(model))
-        raise SplitError(
-            f"the forward of {type(model).__name__} cannot be followed: {error}. "
-            "Write the model as an nn.Sequential of modules: those may do what they like inside."
-        ) from error
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else node.name
-
-
-def _in_place(node: fx.Node, graph: fx.GraphModule) -> bool:
-    """Whether the node overwrites its input, which must not be what another stage has sent."""
-    if node.op == "call_module":
-        return any(getattr(module, "inplace", False) for module in graph.get_submodule(node.target).modules())
-    return bool(node.kwargs.get("inplace")) or (node.op == "call_method" and str(node.target).endswith("_"))
-
-
-def _alive(graph: fx.GraphModule) -> list[tuple[fx.Node, list[fx.Node]]]:
-    """Each node that computes something, with the values that are still to be used after it."""
-    nodes = list(graph.graph.nodes)
-    place = {node: i for i, node in enumerate(nodes)}
-    last = {node: max((place[user] for user in node.users), default=-1) for node in nodes}
-    computing = [node for node in nodes if node.op.startswith("call_")]
-    return [
-        (node, [n for n in nodes[: place[node] + 1] if n.op != "get_attr" and last[n] > place[node]])
-        for node in computing
-    ]
-
-
-def _cuts(graph: fx.GraphModule) -> dict[str, fx.Node]:
-    """The places after which one value alone goes on, by name; the last is the end of the model.
-
-    A name is unique or numbered.
-    """
-    inputs = [node for node in graph.graph.nodes if node.op == "placeholder" and node.users]
-    if len(inputs) != 1:
-        raise SplitError(
-            f"forward takes {len(inputs)} inputs ({', '.join(map(str, inputs))}); a pipeline's stages hand "
-            f"on one"
-        )
-    found: dict[str, fx.Node] = {}
-    for node, alive in _alive(graph):
-        if alive == [node] and not any(_in_place(user, graph) for user in node.users):
-            name, number = _name(node), 1
-            while name in found:  # a module that is called several times
-                name, number = f"{_name(node)}@{number}", number + 1
-            found[name] = node
-    return found
-
-
-def split(model: nn.Module, at: str | Sequence[str]) -> list[nn.Module]:
+def split(model: nn.Module, at: str | Sequence[str], example: torch.Tensor | None = None) -> list[nn.Module]:
     """Stages of `model`, cut after each layer or block named in `at` ("features.5"); they share the model's
-    parameters and buffers.
+    parameters and buffers, and compute what it computes in training and in eval mode.
 
-    Any model will do whose forward torch.fx can follow, and any nn.Sequential. Raises SplitError, a
-    ValueError: for a name after which no cut is possible, saying what else would have to be sent; for
-    parameters used on both sides of a cut; for forwards that cannot be followed.
+    With an `example` of the input `[N, ...]`, two samples or more, that is tried: outputs and gradients in
+    both modes, twice each. Modules whose forward does what a graph would lose (see `tracing`) are left whole,
+    and there is no cut inside them.
+
+    Raises SplitError, a ValueError: for a name after which no cut is possible, saying why; for a model whose
+    own forward cannot be followed, with its line; for stages that do not compute what the model does.
     """
-    at, modules = [at] if isinstance(at, str) else at, dict(model.named_modules())
-    graph = _trace(model, [modules[name] for name in at if name in modules])
-    cuts = _cuts(graph)
+    at = [at] if isinstance(at, str) else list(at)
+    known = dict(model.named_modules())
+    followed = follow(model, [known[name] for name in at if known.get(name) not in (None, model)])
+    cuts = stages.cuts(followed, example)
     for name in at:
         if name not in cuts:
-            crossing = {_name(node): alive for node, alive in _alive(graph)}.get(name)
-            why = "there is no such layer"
-            if crossing and len(crossing) > 1:
-                why = f"{len(crossing)} values would have to be sent ({', '.join(map(_name, crossing))})"
-            elif crossing:
-                why = "the next layer overwrites its input in place"
+            why = stages.why_not(followed, name)
             raise SplitError(
                 f"{type(model).__name__} cannot be cut after {name!r}: {why}; use one of {', '.join(cuts)}"
             )
     order = list(cuts)
-    if len(set(at)) != len(at) or [order.index(name) for name in at] != sorted(
-        order.index(name) for name in at
-    ):
-        raise SplitError(
-            f"the cuts {list(at)} are not in the order of the model, each once: {', '.join(order)}"
-        )
+    if len(set(at)) != len(at) or sorted(at, key=order.index) != at:
+        raise SplitError(f"the cuts {at} are not in the order of the model, each once: {', '.join(order)}")
     if at and at[-1] == order[-1]:
         raise SplitError(f"nothing comes after {at[-1]!r}, the last layer")
-    ends = [cuts[name] for name in at] + [
-        next(node.args[0] for node in graph.graph.nodes if node.op == "output")
-    ]
-    stages, given = [], next(node for node in graph.graph.nodes if node.op == "placeholder" and node.users)
-    for end in ends:
-        stages.append(_between(graph, given, end))
-        given = end
-    owner: dict[int, int] = {}
-    for number, module in enumerate(stages):
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if owner.setdefault(id(tensor), number) != number:
-                raise SplitError(
-                    f"stages {owner[id(tensor)]} and {number} share {name}: tied weights cannot be cut apart"
-                )
-    return stages
+    made = stages.between(followed, [cuts[name] for name in at], model.training)
+    if example is not None:
+        check(model, made, example)
+    return made
 
 
-def _between(graph: fx.GraphModule, given: fx.Node, end: fx.Node) -> fx.GraphModule:
-    """What computes the value `end` from the value `given`; names of parameters and modules are those of the
-    model.
+def check(
+    model: nn.Module, made: Sequence[nn.Module], example: torch.Tensor, tolerance: float = 1e-4
+) -> None:
+    """Raises SplitError unless the stages give the model's outputs and gradients on `example` `[N, ...]`, in
+    training and in eval mode (of a single sample in the model's own, since BatchNorm needs two to train on),
+    in two calls each; both are left as they were.
+
+    `tolerance` is of the largest value.
     """
-    part, copies = fx.Graph(), {}
-    copies[given] = part.placeholder("x")
-    nodes = list(graph.graph.nodes)
-    inside = nodes[nodes.index(given) + 1 : nodes.index(end) + 1]
-    read = {node for user in inside for node in user.all_input_nodes if node.op == "get_attr"}
-    for node in nodes:
-        if node in read or (node in inside and node.op.startswith("call_")):
-            copies[node] = part.node_copy(node, copies.__getitem__)
-    part.output(copies[end])
-    return fx.GraphModule(graph, part)
+    parts = list(dict.fromkeys([*model.modules(), *(part for stage in made for part in stage.modules())]))
+    before = {part: part.training for part in parts}
+    try:
+        for training in (True, False) if len(example) > 1 else (model.training,):
+            model.train(training)
+            for stage in made:
+                stage.train(training)
+            expected, found = (_calls(model, way, example) for way in ([model], made))
+            for what, a, b in zip(("output", "gradient") * 2, expected, found, strict=True):
+                apart = max(
+                    (x - y).abs().max().item() / max(x.abs().max().item(), 1e-12)
+                    for x, y in zip(a, b, strict=True)
+                )
+                if not apart <= tolerance:
+                    mode = "training" if training else "eval"
+                    raise SplitError(
+                        f"the stages of {type(model).__name__} do not compute what it does: in {mode} mode, "
+                        f"{what} {apart:.1%} off. Does its forward change from call to call?"
+                    )
+    finally:
+        for part, mode in before.items():
+            part.training = mode
+
+
+def _calls(model: nn.Module, way: Sequence[nn.Module], example: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Outputs and gradients of two calls in a row, which begin with the same random numbers."""
+    found = []
+    with modules.unchanged(model):
+        torch.manual_seed(0)
+        for _ in range(2):
+            value = example
+            for part in way:
+                value = part(value)
+            model.zero_grad()
+            if value.requires_grad:
+                value.float().pow(2).sum().backward()
+            found.append([value.detach().float()])
+            found.append(
+                [p.grad.clone() for p in model.parameters() if p.grad is not None] or [torch.zeros(1)]
+            )
+    return found
 
 
 @dataclass(frozen=True)
@@ -172,37 +120,34 @@ class Layer:
 
 def profile(model: nn.Module, images: torch.Tensor, rounds: int = 5) -> list[Layer]:
     """Measures every layer on `images` `[N, ...]`, on the device the model is on; gradients and buffers stay
-    as they were.
+    as they were. Tries, on the first two images, that the stages compute what the model does.
 
-    Raises SplitError for a model that torch.fx cannot follow.
+    Raises SplitError for a model that cannot be followed, or is not what its stages are.
     """
-    names = list(_cuts(_trace(model)))
-    stages = split(model, names[:-1])
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    model.zero_grad()  # or they would be added to
-    laps, sizes = measure.Laps(images.device), [0] * len(stages)
-    for _ in range(rounds + 1):
-        value, passes = images, []
-        for number, stage in enumerate(stages):
-            given = value.detach().requires_grad_(number > 0)  # nobody asks for the images' gradient
-            value = laps(f"{number} forward", stage, given)  # [N, ...], what this stage hands on
-            passes.append((given, value))
-            sizes[number] = value.nbytes
-        gradient = torch.ones_like(value)  # of the sum of all outputs
-        for number, (given, value) in reversed(list(enumerate(passes))):
-            backward = value.backward if value.requires_grad else lambda gradient: None
-            laps(f"{number} backward", backward, gradient)
-            gradient = given.grad
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    for parameter, before in gradients:
-        parameter.grad = before
+    followed = follow(model)
+    cuts = stages.cuts(followed, images[:2])
+    names = list(cuts)
+    made = stages.between(followed, [cuts[name] for name in names[:-1]], model.training)
+    check(model, made, images[:2])
+    laps, sizes = measure.Laps(images.device), [0] * len(made)
+    with modules.unchanged(model):
+        for _ in range(rounds + 1):
+            model.zero_grad()
+            value, passes = images, []
+            for number, stage in enumerate(made):
+                given = value.detach().clone().requires_grad_(number > 0 and value.is_floating_point())
+                value = laps(f"{number} forward", stage, given)  # [N, ...], what this stage hands on
+                passes.append((given, value))
+                sizes[number] = value.nbytes
+            gradient = torch.ones_like(value)  # of the sum of all outputs
+            for number, (given, value) in reversed(list(enumerate(passes))):
+                backward = value.backward if value.requires_grad else lambda gradient: None
+                laps(f"{number} backward", backward, gradient)
+                gradient = given.grad
     seconds = {name: spread.median for name, spread in laps.spreads().items()}
     return [
         Layer(name, seconds[f"{i} forward"], seconds[f"{i} backward"], _bytes(stage), size)
-        for i, (name, stage, size) in enumerate(zip(names, stages, sizes, strict=True))
+        for i, (name, stage, size) in enumerate(zip(names, made, sizes, strict=True))
     ]
 
 
