@@ -186,12 +186,24 @@ class Pipeline:
                 "they send; drop a smaller last batch (drop_last=True), or make another Pipeline"
             )
 
+    def _agree(self) -> None:
+        """Raises ValueError, on all ranks, where they have not cut the model in the same places."""
+        mine = [sorted(stage.state_dict()) for stage in self.all]
+        everyones: list = [None] * self.ranks
+        dist.all_gather_object(everyones, mine, group=self.group)
+        if others := [rank for rank, theirs in enumerate(everyones) if theirs != everyones[0]]:
+            raise ValueError(
+                f"ranks 0 and {others[0]} have cut the model in different places: cut it once, and give all "
+                "ranks the same cuts (each measures other times)"
+            )
+
     def _prepare(self, images: torch.Tensor) -> None:
         """Finds what each stage hands on, its owner by running it on zeros, and makes the schedule.
 
         torch would find out by itself, but moves BatchNorm's statistics and the random numbers in doing so
         (before 2.13).
         """
+        self._agree()
         shapes, here = [torch.empty_like(images.chunk(self.micro_batches)[0], device="meta")], self.device
         for index in range(self.count):
             answer = [

@@ -204,6 +204,19 @@ def stage_that_does_not_come():
     assert "rank 1 had returned" in str(error)
 
 
+def cut_apart():
+    if dist.get_rank() == 0:
+        stages = splitting.split(models.LeNet5(), "fc1")
+    else:
+        stages = splitting.split(models.LeNet5(), "fc2")
+    Pipeline(stages, "1f1b", 2).step(torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.long))
+
+
+def different_cuts():
+    error = failure(cut_apart)
+    assert error.reason.startswith("ValueError: ranks 0 and 1 have cut the model in different places")
+
+
 FAULTS = {
     case.__name__: case
     for case in (
@@ -218,6 +231,7 @@ FAULTS = {
         shape_changes_in_the_last_stage,
         stage_gives_a_pair,
         stages_do_not_fit,
+        different_cuts,
         exception_forward,
         exception_backward,
         exception_in_a_second_stage,
