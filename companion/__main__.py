@@ -6,44 +6,42 @@ import sys
 import time
 from pathlib import Path
 
-from companion import runner
+from companion import jobs, runner
 
 
 def _headline(notebook: Path) -> tuple[str, dict]:
     """The notebook's question, its first line of text, and what its metadata says of its needs."""
-    import nbformat
-
-    read = nbformat.read(notebook, 4)
+    read = jobs.read(notebook)
     return read.cells[0].source.splitlines()[0].lstrip("# "), read.metadata.get("companion", {})
 
 
 def list_notebooks(arguments: argparse.Namespace) -> int:
     """Each notebook with its question, and its parameters with type, default and meaning."""
-    for notebook in runner.find(arguments.names, arguments.notebooks):
-        print(f"{notebook.stem}: {_headline(notebook)[0]}")
-        for name, about in runner.parameters(notebook).items():
-            print(
-                f"    {name + ': ' + about['inferred_type_name']:24}= {about['default']:20} {about['help']}"
-            )
-    return 0
+    unreadable = 0
+    for notebook in jobs.find(arguments.names, arguments.notebooks):
+        try:
+            print(f"{notebook.stem}: {_headline(notebook)[0]}")
+            for name, about in jobs.parameters(notebook).items():
+                print(f"    {name + ': ' + about.kind:24}= {' '.join(about.default.split()):20} {about.help}")
+        except ValueError as error:
+            unreadable += 1
+            print(f"{notebook.stem}: {error}")
+    return int(unreadable > 0)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs notebooks into results/<time>/; 1 if any failed."""
-    fixed = dict(arguments.parameter)
-    if wrong := [item for item in arguments.sweep if "=" not in item]:
-        raise ValueError(f"--sweep {wrong[0]} is not of the form name=first,second")
-    sweeps = {name: values.split(",") for name, values in (item.split("=", 1) for item in arguments.sweep)}
-    jobs = runner.plan(runner.find(arguments.names, arguments.notebooks), fixed, sweeps)
+    fixed, sweeps = jobs.pairs(arguments.parameter, arguments.sweep)
+    wanted = jobs.plan(jobs.find(arguments.names, arguments.notebooks), fixed, sweeps)
     folder, failed = arguments.output or Path("results", time.strftime("%Y-%m-%d-%H%M%S")), 0
-    for outcome in runner.run(jobs, folder, arguments.jobs):
+    for outcome in runner.run(wanted, folder, arguments.jobs):
         failed += outcome.error is not None
         print(
             f"{outcome.job.name:40} {outcome.seconds:6.0f} s {outcome.cpu_seconds:6.0f} CPU-s  "
             f"{'failed: ' + outcome.error if outcome.error else 'passed'}",
             flush=True,
         )
-    print(f"{len(jobs) - failed} passed, {failed} failed; report: {folder / runner.REPORT}")
+    print(f"{len(wanted) - failed} passed, {failed} failed; report: {folder / runner.REPORT}")
     return int(failed > 0)
 
 
@@ -54,7 +52,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     from companion import devices, machine
 
     print(machine.describe(), end="\n\n")
-    for notebook in runner.find(arguments.names, arguments.notebooks):
+    for notebook in jobs.find(arguments.names, arguments.notebooks):
         missing = [
             f"{what}: {reason}"
             for what in _headline(notebook)[1].get("uses", [])
@@ -69,12 +67,28 @@ def store(arguments: argparse.Namespace) -> int:
     import tempfile
 
     failed = 0
-    for notebook in runner.find(arguments.names, arguments.notebooks):
+    for notebook in jobs.find(arguments.names, arguments.notebooks):
         with tempfile.TemporaryDirectory() as folder:
             error = runner.store(notebook, Path(folder))
         failed += error is not None
         print(f"{notebook.stem}: {'failed: ' + error if error else 'stored'}", flush=True)
     return int(failed > 0)
+
+
+def _parameters(words: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[tuple[str, str]]]:
+    """The other words, and the pairs after -p, which argparse would take for options where they begin with a
+    minus.
+    """
+    others, given, left = [], [], list(words)
+    while left:
+        word = left.pop(0)
+        if word not in ("-p", "--parameter"):
+            others.append(word)
+        elif len(left) < 2:
+            parser.error("-p needs a name and a value")
+        else:
+            given.append((left.pop(0), left.pop(0)))
+    return others, given
 
 
 def main(words: list[str] | None = None) -> int:
@@ -89,7 +103,7 @@ def main(words: list[str] | None = None) -> int:
             "names", nargs="*", help="numbers or names, such as 03 or 03_ddp; all if none is given"
         )
         sub.add_argument(
-            "--notebooks", type=Path, default=runner.NOTEBOOKS, help="folder they are in (notebooks)"
+            "--notebooks", type=Path, default=jobs.NOTEBOOKS, help="folder they are in (notebooks)"
         )
         if command is run:
             sub.add_argument(
@@ -99,7 +113,7 @@ def main(words: list[str] | None = None) -> int:
                 action="append",
                 default=[],
                 metavar=("NAME", "VALUE"),
-                help="set a parameter",
+                help="set a parameter, to whatever follows: -1e-3 and --all are values too",
             )
             sub.add_argument(
                 "--sweep",
@@ -110,12 +124,16 @@ def main(words: list[str] | None = None) -> int:
             )
             sub.add_argument("--jobs", type=int, default=1, help="notebooks at once (1)")
             sub.add_argument("--output", type=Path, help="folder for what is made (results/<time>)")
+    words, given = _parameters(sys.argv[1:] if words is None else words, parser)
     arguments = parser.parse_args(words)
+    if given and arguments.command is not run:
+        parser.error("-p is for run")
+    arguments.parameter = given
     if getattr(arguments, "jobs", 1) < 1:
         parser.error(f"--jobs {arguments.jobs} must be at least 1")
     try:
         return arguments.command(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

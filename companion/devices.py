@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from companion import host, stacks
 
@@ -149,6 +150,22 @@ def select_list(names: str | Iterable[str] = "auto", count: int | None = None) -
     if not names or (count is not None and len(names) != count):
         raise ValueError(f"{len(names)} devices named where {count or 'at least one'} are needed: {names}")
     return [select(name) for name in names]
+
+
+def put(batch: object, device: torch.device) -> object:
+    """The batch with its tensors on a device, however they are nested in tuples, lists and dictionaries."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+
+def samples(batch: object) -> int:
+    """How many samples a nested batch has: the length of its first tensor that has one.
+
+    Raises TypeError if there is none.
+    """
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            return len(leaf)
+    raise TypeError(f"a batch of {type(batch).__name__} holds no tensor [N, ...]: how many samples has it?")
 
 
 def synchronize(device: torch.device) -> None:

@@ -256,7 +256,7 @@ def step_profile(
     modules.for_training(model)
 
     def fetch() -> list[torch.Tensor]:
-        return [tensor.to(device) for tensor in next(source)]
+        return devices.put(next(source), device)
 
     def backward(loss: torch.Tensor) -> None:
         optimizer.zero_grad()

@@ -1,31 +1,20 @@
 """Runs notebooks through papermill: one or many, with checked parameters, into a folder with a report."""
 
-import ast
-import difflib
-import itertools
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 
 import nbformat
 
-from companion import executed, kernels
+from companion import checks, executed, jobs, kernels
+from companion.jobs import Job
 
-NOTEBOOKS = Path("notebooks")
 REPORT = "index.html"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One notebook to run with these parameters; `name` is that of its files."""
-
-    notebook: Path
-    parameters: dict[str, object] = field(default_factory=dict)
-    name: str = ""
+_NO_KERNEL = "Kernel didn't respond"  # what is said of one that has not come up
 
 
 @dataclass(frozen=True)
@@ -40,96 +29,23 @@ class Outcome:
     cpu_seconds: float
 
 
-def find(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
-    """The notebooks with these numbers or names ("03", "03_ddp"), all for no names.
-
-    Raises ValueError for one not there.
-    """
-    notebooks = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    if not notebooks:
-        raise ValueError(
-            f"there are no notebooks in {folder}: call this in the project's folder, or name it with "
-            f"--notebooks"
-        )
-    chosen = []
-    for name in names:
-        stem = Path(name).stem
-        found = [
-            notebook
-            for notebook in notebooks
-            if stem in (notebook.stem, notebook.stem[:2], notebook.stem[3:])
-        ]
-        if not found:
-            raise ValueError(f"there is no notebook {name!r}{_nearest(stem, [n.stem for n in notebooks])}")
-        chosen += found
-    return list(dict.fromkeys(chosen)) or notebooks
-
-
-def parameters(notebook: Path) -> dict[str, dict]:
-    """The notebook's parameters as papermill sees them: name -> default, inferred_type_name, help."""
-    import papermill
-
-    return papermill.inspect_notebook(str(notebook))
-
-
-def check(notebook: Path, values: dict[str, str]) -> dict[str, object]:
-    """The values, given as text, in the types of the notebook's parameters.
-
-    Raises ValueError for a name that the notebook does not have (with the nearest it has) or a value of
-    another type.
-    """
-    known, typed = parameters(notebook), {}
-    for name, text in values.items():
-        if name not in known:
-            raise ValueError(f"{notebook.stem} has no parameter {name!r}{_nearest(name, list(known))}")
-        default = ast.literal_eval(known[name]["default"])
-        try:
-            value = text if isinstance(default, str) else ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        value = float(value) if type(default) is float and type(value) is int else value
-        if type(value) is not type(default):
-            raise ValueError(
-                f"{notebook.stem}: {name}={text} is not of type {type(default).__name__}, as its default "
-                f"{default!r} is"
-            )
-        typed[name] = value
-    return typed
-
-
-def plan(notebooks: list[Path], fixed: dict[str, str], sweeps: dict[str, list[str]]) -> list[Job]:
-    """One job for each notebook and each combination of the sweeps' values, all checked before anything
-    starts.
-    """
-    jobs = []
-    for notebook in notebooks:
-        for combination in itertools.product(*sweeps.values()):
-            swept = dict(zip(sweeps, combination, strict=True))
-            label = "-".join([notebook.stem, *(f"{name}={value}" for name, value in swept.items())])
-            jobs.append(
-                Job(
-                    notebook,
-                    check(notebook, fixed | swept),
-                    "".join(c if c.isalnum() or c in "_-=.," else "_" for c in label),
-                )
-            )
-    return jobs
-
-
 def run(
-    jobs: list[Job], folder: Path, workers: int = 1, cell_seconds: int = 1800, progress: bool = True
+    wanted: list[Job], folder: Path, workers: int = 1, cell_seconds: int = 1800, progress: bool = True
 ) -> Iterator[Outcome]:
-    """Runs the jobs, `workers` at once, and gives each outcome as it comes; a failing notebook stops no
-    other.
+    """Runs the jobs that are wanted, `workers` at once, and gives each outcome as it comes; a notebook that
+    fails stops no other, nor does one that cannot be read or whose results cannot be written.
 
     Executed notebooks and their HTML, the scoreboard, and the report `index.html`, renewed after each job, go
     to `folder`. Each kernel gets its part of the usable cores as OMP_NUM_THREADS, unless that is set.
+
+    Raises ValueError before anything starts for a folder that cannot be written to, and OSError after all
+    have ended if the report could not be written.
     """
     from companion.host import usable_cores
     from companion.report import page
 
-    folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, unwritten = folder.absolute(), None
+    checks.folder("output", folder)
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
     slots: SimpleQueue[int] = SimpleQueue()
     for slot in range(workers):
@@ -139,19 +55,23 @@ def run(
         slot = slots.get()
         try:
             bar = {"desc": job.name, "position": slot, "leave": False} if progress else False
-            here = {"results_dir": "."} if "results_dir" in parameters(job.notebook) else {}
-            full = replace(job, parameters=here | job.parameters)
-            return replace(execute(full, folder, cell_seconds, bar, {"OMP_NUM_THREADS": threads}), job=job)
+            return execute(job, folder, cell_seconds, bar, {"OMP_NUM_THREADS": threads}, {"results_dir": "."})
         finally:
             slots.put(slot)
 
     outcomes: list[Outcome] = []
     pool = ThreadPoolExecutor(workers)
     try:
-        for future in as_completed([pool.submit(work, job) for job in jobs]):
+        for future in as_completed([pool.submit(work, job) for job in wanted]):
             outcomes.append(future.result())
-            (folder / REPORT).write_text(page(outcomes, folder), encoding="utf-8")
+            try:
+                (folder / REPORT).write_text(page(outcomes, folder), encoding="utf-8")
+                unwritten = None
+            except OSError as error:  # a full disk: the outcome is told all the same
+                unwritten = error
             yield outcomes[-1]
+        if unwritten:
+            raise OSError(unwritten.errno, f"the report could not be written: {unwritten.strerror}")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nothing further starts
 
@@ -162,45 +82,68 @@ def execute(
     cell_seconds: int = 1800,
     bar: dict | bool = False,
     variables: dict[str, str] | None = None,
+    also: dict[str, object] | None = None,
 ) -> Outcome:
     """Runs one job into `folder`, the working directory of its kernel too, which sees `variables` in its
-    environment.
+    environment. `also` are parameters that are set where the notebook has them and the job does not.
     """
+    kernel, start = kernels.Kernel(variables or {}), time.perf_counter()
+    output = folder / f"{job.name or job.notebook.stem}.ipynb"
+    error = before = None
+    try:
+        source = jobs.read(job.notebook)
+        known, before = jobs.parameters(job.notebook), executed.fingerprint(source)
+        extra = {name: value for name, value in (also or {}).items() if name in known}
+        error = _through_papermill(job, extra, output, cell_seconds, bar, kernel)
+    except (ValueError, OSError) as failure:
+        error = _line(failure)
+    outcome = Outcome(job, error, time.perf_counter() - start, kernel.most_cpu_seconds)
+    try:
+        if before and output.exists():
+            _finish(outcome, output, before, kernel)
+    except Exception as failure:  # as a full disk
+        outcome = replace(outcome, error=error or f"its results could not be written: {_line(failure)}")
+    return outcome
+
+
+def _through_papermill(job: Job, extra: dict, output: Path, cell_seconds: int, bar, kernel) -> str | None:
+    """Executes the notebook; the error in a line."""
     import papermill
+
+    place = {"metadata": {"path": str(output.parent)}}  # the kernel's; papermill's cwd would move all threads
+    options = {"resources": place, "execution_timeout": cell_seconds, "progress_bar": bar}
+    options["extra_arguments"] = ["--log-level=ERROR"]  # or each kernel warns that it does not encrypt
+
+    def once() -> str | None:
+        try:
+            values = extra | job.parameters
+            papermill.execute_notebook(str(job.notebook), str(output), values, **options, **kernel.options())
+        except Exception as failure:  # whatever ends a notebook is its outcome; the others go on
+            return _line(failure)
+        return None
+
+    error = once()
+    # Two kernels that start at once may have chosen the same port.
+    return once() if error and _NO_KERNEL in error else error
+
+
+def _line(failure: Exception) -> str:
+    """What went wrong, in a line: in a notebook's cell, or before it came to that."""
+    name, text = getattr(failure, "ename", type(failure).__name__), getattr(failure, "evalue", str(failure))
+    return f"{name}: {next((line for line in text.splitlines() if line.strip()), 'without a message')}"
+
+
+def _finish(outcome: Outcome, output: Path, before: str, kernel: kernels.Kernel) -> None:
+    """Notes in the executed notebook what it took, and writes it as a page too."""
     from nbconvert import HTMLExporter
 
-    output, error = folder / f"{job.name or job.notebook.stem}.ipynb", None
-    kernel = kernels.Kernel(variables or {})
-    before, start = executed.fingerprint(nbformat.read(job.notebook, 4)), time.perf_counter()
-    place = {"metadata": {"path": str(folder)}}  # the kernel's folder; papermill's cwd would move all threads
-    quiet = ["--log-level=ERROR"]  # else each kernel warns on the terminal that 127.0.0.1 is not encrypted
-    try:
-        papermill.execute_notebook(
-            str(job.notebook),
-            str(output),
-            job.parameters,
-            resources=place,
-            execution_timeout=cell_seconds,
-            progress_bar=bar,
-            extra_arguments=quiet,
-            **kernel.options(),
-        )
-    except Exception as failure:  # whatever ends a notebook is its outcome; the others go on
-        name = getattr(failure, "ename", type(failure).__name__)
-        text = getattr(failure, "evalue", str(failure))
-        error = f"{name}: {text.strip().splitlines()[0] if text.strip() else 'without a message'}"
-    outcome = Outcome(job, error, time.perf_counter() - start, kernel.most_cpu_seconds)
-    if output.exists():
-        notebook = executed.tidy(nbformat.read(output, 4))
-        changed = {name: value for name, value in job.parameters.items() if name != "results_dir"}
-        about = {"of": before, "error": error, "parameters": changed, "seconds": round(outcome.seconds, 2)}
-        about["cpu_seconds"] = round(outcome.cpu_seconds, 2)
-        executed.note(notebook, about, kernel.cells)
-        nbformat.write(notebook, output)
-        output.with_suffix(".html").write_text(
-            HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8"
-        )
-    return outcome
+    notebook = executed.tidy(nbformat.read(output, 4))
+    changed = {name: value for name, value in outcome.job.parameters.items() if name != "results_dir"}
+    about = {"of": before, "error": outcome.error, "parameters": changed}
+    about |= {"seconds": round(outcome.seconds, 2), "cpu_seconds": round(outcome.cpu_seconds, 2)}
+    executed.note(notebook, about, kernel.cells)
+    nbformat.write(notebook, output)
+    output.with_suffix(".html").write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
 
 
 def store(notebook: Path, folder: Path) -> str | None:
@@ -227,8 +170,3 @@ def store(notebook: Path, folder: Path) -> str | None:
     nbformat.write(executed.tidy(before), partial)
     os.replace(partial, notebook)
     return None
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, 1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"

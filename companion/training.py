@@ -2,10 +2,9 @@
 
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,63 +15,12 @@ from tqdm.auto import tqdm
 
 from companion import checkpoint as checkpoint_files
 from companion import devices, modules
-from companion.data import Augment, Batches, Split, Splits
+from companion.data import Batches, Split, Splits
+from companion.recipe import History as History
+from companion.recipe import Recipe as Recipe
 
 Step = Callable[[nn.Module, torch.Tensor, torch.Tensor, Callable, torch.optim.Optimizer], torch.Tensor]
 _CHECK_EVERY = 50  # steps between looks at the loss on an accelerator, where each look waits for the device
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. `amp` is None (float32), "bfloat16" or "float16"; `schedule` "onecycle" or "constant"."""
-
-    epochs: int = 10
-    batch_size: int = 64
-    learning_rate: float = 4e-3
-    optimizer: str = "adamw"
-    weight_decay: float = 0.01
-    schedule: str = "onecycle"
-    label_smoothing: float = 0.0
-    augment: Augment | None = None
-    amp: str | None = None
-    channels_last: bool = False
-    seed: int = 0
-
-    def __post_init__(self):
-        choices = {
-            "optimizer": ("adamw", "sgd"),
-            "schedule": ("onecycle", "constant"),
-            "amp": (None, "bfloat16", "float16"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(map(repr, allowed))}"
-                )
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-
-
-@dataclass
-class History:
-    """What `fit` measured, one entry an epoch.
-
-    Accuracies are from 0 to 1, times in seconds, without the validation's.
-    """
-
-    train_loss: list[float] = field(default_factory=list)
-    val_loss: list[float] = field(default_factory=list)
-    val_accuracy: list[float] = field(default_factory=list)
-    learning_rate: list[float] = field(default_factory=list)
-    epoch_seconds: list[float] = field(default_factory=list)
-    epoch_samples: list[int] = field(default_factory=list)
-
-    @property
-    def samples_per_second(self) -> float:
-        """Median over the epochs; the first, which warms up, counts only if it is the only one."""
-        rates = [n / s for n, s in zip(self.epoch_samples, self.epoch_seconds, strict=True)]
-        return statistics.median(rates[1:] or rates)
 
 
 @dataclass(frozen=True)
@@ -152,11 +100,11 @@ def fit(
 
     `step(model, images, labels, loss_function, optimizer)` does one update and gives the loss: pass a
     technique's own. `batches` replaces the recipe's batches by any iterable with a length that gives (images,
-    labels) on any device. `checkpoint` names a file written after each epoch; if it is there, training goes
-    on from it, to the very same weights as a run that was never interrupted (Python's, NumPy's and torch's
-    random numbers go on where they were). Modules that were in eval mode in a model in training mode stay so:
-    a BatchNorm frozen for fine-tuning. With a fixed seed, a CPU gives
-    the same weights bit for bit.
+    labels) on any device; with a step of your own both may be nested (dictionaries of tokens and masks).
+    `checkpoint` names a file written after each epoch; if it is there, training goes on from it, to the very
+    same weights as a run that was never interrupted (Python's, NumPy's and torch's random numbers go on where
+    they were). Modules that were in eval mode in a model in training mode stay so: a BatchNorm frozen for
+    fine-tuning. With a fixed seed, a CPU gives the same weights bit for bit.
 
     Raises ValueError for settings that contradict each other, FloatingPointError (step and learning rate
     named) when the loss is not finite, RuntimeError for a checkpoint that is damaged or of another recipe.
@@ -214,7 +162,7 @@ class _Run:
         )
 
     def loss_function(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        return F.cross_entropy(_logits(logits), labels, label_smoothing=self.recipe.label_smoothing)
 
     def epoch(self, epoch: int, history: History, bar: tqdm) -> None:
         """One pass over the batches; adds what it measured to the history."""
@@ -228,7 +176,7 @@ class _Run:
         for images, labels in self.batches:
             rates.append(self.optimizer.param_groups[0]["lr"])
             losses.append(self.update(images, labels))
-            samples += len(labels)
+            samples += devices.samples((labels, images))
             bar.update()
             if len(losses) % check_every == 0 and not math.isfinite(losses[-1]):
                 _check_finite(losses[-check_every:], rates[-check_every:], epoch, before + len(losses))
@@ -239,10 +187,10 @@ class _Run:
         history.learning_rate.append(rates[-1])
         history.train_loss.append(float(torch.stack(losses).mean()))
 
-    def update(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def update(self, images: object, labels: object) -> torch.Tensor:
         """One step: of the weights, and of the learning rate; gives the loss."""
-        images, labels = images.to(self.device), labels.to(self.device)
-        if self.recipe.channels_last:
+        images, labels = devices.put((images, labels), self.device)
+        if self.recipe.channels_last and isinstance(images, torch.Tensor):
             images = images.contiguous(memory_format=torch.channels_last)
         loss = self.step(self.model, images, labels, self.loss_function, self.optimizer)
         devices.end_step(self.device)
@@ -279,11 +227,22 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 1000) -> Evaluati
     held = [*model.parameters(), *model.buffers()]
     device = held[0].device if held else torch.device("cpu")  # a quantized model may hold neither
     with modules.evaluating(model):
-        logits = [model(images.to(device)).float().cpu() for images in split.images.split(batch_size)]
+        parts = split.images.split(batch_size)
+        logits = [_logits(model(images.to(device))).float().cpu() for images in parts]
     logits = torch.cat(logits)
     labels = split.labels.cpu()
     accuracy = (logits.argmax(1) == labels).double().mean().item()
     return Evaluation(F.cross_entropy(logits, labels).item(), accuracy, logits)
+
+
+def _logits(output: object) -> torch.Tensor:
+    """The model's output; raises TypeError where it is no tensor."""
+    if isinstance(output, torch.Tensor):
+        return output
+    raise TypeError(
+        f"the model gives a {type(output).__name__} where one tensor of logits [N, classes] is needed: wrap "
+        "it in a module that gives that one; to train, a step of your own may do as it likes (fit(step=...))"
+    )
 
 
 def _check_finite(losses: list[torch.Tensor], rates: list[float], epoch: int, last_step: int) -> None:

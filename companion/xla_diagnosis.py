@@ -70,7 +70,7 @@ def diagnose(step: Callable, batches: Iterable) -> Diagnosis:
         shapes = tuple(
             (tuple(t.shape), str(t.dtype)) for t in tree_leaves(batch) if isinstance(t, torch.Tensor)
         )
-        batch = tuple(part.to(device) if isinstance(part, torch.Tensor) else part for part in batch)
+        batch = devices.put(tuple(batch), device)
         before = counts()
         try:
             with _Watch() as watch:

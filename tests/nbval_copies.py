@@ -21,7 +21,7 @@ import cells
 import times
 
 from companion import executed as files
-from companion import host, runner
+from companion import host, jobs
 
 FOLDER = cells.ROOT / "results" / "nbval"
 
@@ -43,7 +43,7 @@ def make(names: list[str], fewer: bool) -> list[Path]:
     """Copies the notebooks into an empty folder, `fewer` with the repetitions of parameters.toml."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
-    for path in runner.find(names, cells.ROOT / "notebooks"):
+    for path in jobs.find(names, cells.ROOT / "notebooks"):
         notebook = nbformat.read(path, 4)
         if fewer:
             cells.set_parameters(notebook, cells.SETTINGS["fewer"].get(path.stem, {}))

@@ -15,7 +15,7 @@ import pytest
 import times
 from cells import CHECKED, NOTEBOOKS, PARAMETERS, ROOT, SETTINGS, code, proofs, tagged
 
-from companion import devices, executed, runner, scoreboard
+from companion import devices, executed, jobs, runner, scoreboard
 
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 MUST_RUN = {"01_tpu": ("xla",)}  # without these a notebook shows stored results, which nothing can break
@@ -160,9 +160,9 @@ def measured(notebook: Path, kind: str, folder: Path) -> runner.Outcome:
 
 
 def test_it_runs_with_other_parameters(path, tmp_path):
-    smaller, known = SETTINGS["smaller"][path.stem], runner.parameters(path)
+    smaller, known = SETTINGS["smaller"][path.stem], jobs.parameters(path)
     assert set(smaller) <= set(known)
-    assert sum(value != ast.literal_eval(known[name]["default"]) for name, value in smaller.items()) >= 3
+    assert sum(value != known[name].value for name, value in smaller.items()) >= 3
     outcome = measured(path, "smaller", tmp_path)
     assert outcome.error is None
     rows = scoreboard.read(tmp_path)
@@ -180,7 +180,7 @@ def test_it_runs_with_other_parameters(path, tmp_path):
 
 def test_compared_cells_do_not_depend_on_the_number_of_repetitions(path):
     notebook, fewer = nbformat.read(path, 4), set(SETTINGS["fewer"].get(path.stem, {}))
-    assert fewer <= set(runner.parameters(path))
+    assert fewer <= set(jobs.parameters(path))
     for checked in tagged(notebook, CHECKED):
         read = set().union(*(cells.names(cell.source)[1] for cell in cells.needed(notebook, checked)))
         assert not read & fewer, f"{checked.source[:60]!r} depends on {read & fewer}"

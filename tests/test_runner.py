@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from companion import __main__ as cli
 from companion import executed as executed_files
-from companion import runner, scoreboard
+from companion import jobs, runner, scoreboard
 
 pytestmark = pytest.mark.once
 PARAMETERS = """epochs: int = 3  # passes over the data
@@ -178,12 +179,17 @@ def test_an_interrupt_keeps_what_was_finished_and_leaves_no_kernel(notebooks, tm
     ("words", "message"),
     [
         (["-p", "epoch", "3"], "00_works has no parameter 'epoch'; did you mean 'epochs'?"),
-        (["-p", "epochs", "three"], "00_works: epochs=three is not of type int, as its default 3 is"),
-        (["-p", "epochs", "1.5"], "00_works: epochs=1.5 is not of type int"),
-        (["-p", "deep", "1"], "00_works: deep=1 is not of type bool, as its default False is"),
-        (["-p", "learning_rate", "True"], "00_works: learning_rate=True is not of type float"),
+        (["-p", "epochs", "three"], "00_works: epochs=three is not a whole number, as its default 3 is"),
+        (["-p", "epochs", "1.5"], "00_works: epochs=1.5 is not a whole number"),
+        (["-p", "deep", "1"], "00_works: deep=1 is not True or False, as its default False is"),
+        (["-p", "learning_rate", "True"], "00_works: learning_rate=True is not a number"),
         (["--sweep", "batch_size=1,2"], "00_works has no parameter 'batch_size'"),
         (["--sweep", "epochs"], "--sweep epochs is not of the form name=first,second"),
+        (["--sweep", "epochs=1,2", "--sweep", "epochs=3"], "--sweep epochs is given twice"),
+        (["--sweep", "epochs=1,2,1"], "--sweep epochs=1,2,1 has '1' twice"),
+        (["--sweep", "epochs=1,"], "00_works: epochs= is not a whole number"),
+        (["-p", "epochs", "1", "--sweep", "epochs=1,2"], "epochs is fixed by -p and swept by --sweep"),
+        (["-p", "epochs", "1", "-p", "epochs", "2"], "-p epochs is given twice"),
         (["00_work"], "there is no notebook '00_work'; did you mean '00_works'?"),
     ],
 )
@@ -206,9 +212,225 @@ def test_a_folder_without_notebooks_is_refused(tmp_path, capfd):
 
 def test_values_take_the_types_of_the_defaults(notebooks):
     given = {"epochs": "5", "learning_rate": "1", "dataset": "1", "deep": "True"}
-    typed = runner.check(notebooks / "00_works.ipynb", given)
+    typed = jobs.check(notebooks / "00_works.ipynb", given)
     assert typed == {"epochs": 5, "learning_rate": 1.0, "dataset": "1", "deep": True}
     assert [type(value) for value in typed.values()] == [int, float, str, bool]
+
+
+TYPES = """path = "run=1/part"  # where, e.g. a=b
+colour: str = "#fff"
+size = 2**10  # of a page
+rate = -1e-3
+nothing = None
+sizes = [1, 2]
+shape = (1, 2)
+extra = {"k": 1}
+flag: bool = True
+large = 1_000
+one = 1; other = 2  # both
+items = [
+    1,
+    2,
+]  # in lines
+where = Path("x")
+share = 5.0
+"""
+
+
+@pytest.fixture
+def typed(tmp_path):
+    cells = [new_code_cell(TYPES, metadata={"tags": ["parameters"]})]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "00_types.ipynb")
+    return tmp_path / "00_types.ipynb"
+
+
+VALUES = [
+    ("path", "a=b#c, d", "a=b#c, d"),
+    ("colour", "1", "1"),
+    ("size", "64", 64),
+    ("size", "2**5", 32),
+    ("size", "-7", -7),
+    ("rate", "-2e-3", -2e-3),
+    ("rate", "3", 3.0),
+    ("rate", "inf", math.inf),
+    ("nothing", "5", 5),
+    ("nothing", "text", "text"),
+    ("nothing", "None", None),
+    ("sizes", "[-3, None, 'e']", [-3, None, "e"]),
+    ("sizes", "(3, 4)", [3, 4]),
+    ("shape", "(-1, 4)", (-1, 4)),
+    ("shape", "[3, 4]", (3, 4)),
+    ("extra", "{'a': (1, 2), 'b': None}", {"a": (1, 2), "b": None}),
+    ("flag", "false", False),
+    ("flag", "TRUE", True),
+    ("large", "2_000", 2000),
+    ("other", "3", 3),
+    ("items", "[3]", [3]),
+    ("share", "1/4", 0.25),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "value"), VALUES)
+def test_values_of_all_kinds(typed, name, text, value):
+    (found,) = jobs.check(typed, {name: text}).values()
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_value_that_is_not_a_number_is_one_to_a_notebook(typed):
+    assert math.isnan(jobs.check(typed, {"share": "nan"})["share"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("where", "y", r"where cannot be set: its default Path\(\"x\"\) is code"),
+        ("size", "2.5", "size=2.5 is not a whole number"),
+        ("size", "None", "size=None is not a whole number"),
+        ("size", "10**10**10", "is not a whole number"),
+        ("size", "1/0", "is not a whole number"),
+        ("size", "__import__('os')", "is not a whole number"),
+        ("flag", "0", "flag=0 is not True or False"),
+        ("flag", "yes", "flag=yes is not True or False"),
+        ("sizes", "1,2", r"is not a list such as \[1, 2\]|$^"),
+        ("extra", "[1]", "is not a dictionary such as"),
+        ("rate", "fast", "rate=fast is not a number, as its default -1e-3 is"),
+        ("rate", "True", "rate=True is not a number"),
+    ],
+)
+def test_values_of_another_type_are_refused_with_what_is_expected(typed, name, text, message):
+    if (name, text) == ("sizes", "1,2"):  # as in Python: a tuple, which becomes a list
+        assert jobs.check(typed, {name: text}) == {"sizes": [1, 2]}
+        return
+    with pytest.raises(ValueError, match=message):
+        jobs.check(typed, {name: text})
+
+
+def test_parameters_have_their_whole_defaults_and_comments(typed):
+    found = jobs.parameters(typed)
+    names = "path colour size rate nothing sizes shape extra flag large one other items where share"
+    assert " ".join(found) == names
+    assert (found["path"].default, found["path"].help) == ('"run=1/part"', "where, e.g. a=b")
+    assert found["size"].value == 1024
+    assert found["one"].help == found["other"].help == "both"
+    assert found["items"].help == "in lines"
+    assert found["flag"].kind == "bool"
+
+
+@pytest.mark.parametrize("value", ["-0.5", "-1e-3", "-.5e2", " -1e-3"])
+def test_negative_values_are_no_options(notebooks, value, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, "run", lambda wanted, *more: seen.extend(wanted) or iter(()))
+    assert call(notebooks, "run", "00", "-p", "learning_rate", value) == 0
+    assert call(notebooks, "run", "00", "-p", "dataset", "--all") == 0
+    assert call(notebooks, "run", "00", "--sweep", f"learning_rate={value},1e-3") == 0
+    expected = [{"learning_rate": float(value)}, {"dataset": "--all"}]
+    expected += [{"learning_rate": float(value)}, {"learning_rate": 1e-3}]
+    assert [job.parameters for job in seen] == expected
+
+
+def test_p_without_its_value_is_refused(notebooks, capfd):
+    for words in (["run", "-p", "epochs"], ["list", "-p", "epochs", "3"]):
+        with pytest.raises(SystemExit):
+            call(notebooks, *words)
+    assert "-p needs a name and a value" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [
+        ("a/b,a_b,a b", 3),
+        ("A,a", 2),
+        ("x" * 300 + ",y", 2),
+        ("雪" * 90, 1),
+        ("'a,b',c", 2),
+        ("e" * 299 + "f," + "e" * 299, 2),
+    ],
+)
+def test_each_combination_has_files_of_its_own(notebooks, values, count):
+    _, sweeps = jobs.pairs([], [f"dataset={values}"])
+    wanted = jobs.plan([notebooks / "00_works.ipynb"], {}, sweeps)
+    names = [job.name.casefold() for job in wanted]
+    assert len(set(names)) == len(names) == count
+    assert all(len(name.encode()) < 150 for name in names)
+    assert len({job.parameters["dataset"] for job in wanted}) == count
+
+
+def test_lists_can_be_swept(typed):
+    _, sweeps = jobs.pairs([], ["sizes=[1,2],[3]", "shape=(1,2),(3,4)"])
+    wanted = jobs.plan([typed], {}, sweeps)
+    assert [job.parameters["sizes"] for job in wanted] == [[1, 2], [1, 2], [3], [3]]
+    assert [job.parameters["shape"] for job in wanted] == [(1, 2), (3, 4)] * 2
+
+
+def without_kernel(path):
+    notebook = json.loads(path.read_text())
+    path.write_text(json.dumps(notebook | {"metadata": {}}))
+
+
+BROKEN = {
+    "a merge conflict": lambda path: path.write_text("<<<<<<< HEAD\n" + path.read_text()),
+    "an empty file": lambda path: path.write_text(""),
+    "no notebook": lambda path: path.write_text("[1, 2]"),
+    "no kernel's name": without_kernel,
+    "a kernel that is not there": lambda path: path.write_text(path.read_text().replace("python3", "mine")),
+    "parameters that are no Python": lambda path: path.write_text(
+        path.read_text().replace("epochs: int", "1 +")
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil", BROKEN.values(), ids=BROKEN)
+def test_a_broken_notebook_stops_no_other(notebooks, tmp_path, capfd, spoil):
+    spoil(notebooks / "02_records.ipynb")
+    (notebooks / "01_fails.ipynb").unlink()
+    out = tmp_path / "out"
+    assert call(notebooks, "run", "--output", str(out)) == 1
+    printed = capfd.readouterr().out
+    assert "1 passed, 1 failed" in printed
+    assert re.search(r"02_records .*failed: \w+: .", printed)
+    assert "2 notebooks run, 1 failed" in (out / "index.html").read_text()
+    call(notebooks, "list")
+    assert "00_works: The question of 00_works?" in capfd.readouterr().out
+
+
+def test_a_kernel_that_does_not_come_up_is_started_once_more(notebooks, tmp_path, monkeypatch):
+    import papermill
+
+    execute, failures = papermill.execute_notebook, ["Kernel didn't respond in 60 seconds"]
+
+    def sometimes(*about, **options):
+        if failures:
+            raise RuntimeError(failures.pop())
+        return execute(*about, **options)
+
+    monkeypatch.setattr(papermill, "execute_notebook", sometimes)
+    assert runner.execute(runner.Job(notebooks / "00_works.ipynb"), tmp_path).error is None
+    failures += ["no memory"]
+    error = runner.execute(runner.Job(notebooks / "00_works.ipynb"), tmp_path).error
+    assert error == "RuntimeError: no memory"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_starts(notebooks, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert call(notebooks, "run", "00", "--output", str(tmp_path / "file")) == 2
+    assert "error: output" in capfd.readouterr().err
+
+
+def test_a_disk_that_becomes_full_loses_no_outcome(notebooks, tmp_path, capfd, monkeypatch):
+    write_text = Path.write_text
+
+    def full(path, *text, **options):
+        if path.suffix == ".html":
+            raise OSError(28, "No space left on device")
+        return write_text(path, *text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert call(notebooks, "run", "00", "02", "--output", str(tmp_path / "out")) == 2
+    said = capfd.readouterr()
+    assert said.out.count("failed: its results could not be written: OSError: [Errno 28]") == 2
+    assert "the report could not be written: No space left on device" in said.err
+    assert scoreboard.read(tmp_path / "out")
 
 
 def test_list_shows_questions_and_parameters(notebooks, capfd):

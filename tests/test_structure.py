@@ -39,7 +39,8 @@ GROUND = {
     "splitting": ("measure", "modules", "stages", "tracing"),
     "collectives": ("launch", "measure"),
     "sharded_checkpoint": (),
-    "training": ("checkpoint", "data", "devices", "modules"),
+    "recipe": ("data",),
+    "training": ("checkpoint", "data", "devices", "modules", "recipe"),
     "figures": ("measure",),
     "pictures": ("datasets", "figures"),
     "plots": ("figures", "measure", "tables", "training"),
@@ -91,8 +92,9 @@ ROOF = {
     "executed": ("kernels",),
     "scoreboard": ("host", "machine", "measure", "tables"),
     "report": ("scoreboard", "tables"),
-    "runner": ("executed", "host", "kernels", "machine", "report", "stored"),
-    "__main__": ("devices", "machine", "runner"),
+    "jobs": (),
+    "runner": ("checks", "executed", "host", "jobs", "kernels", "machine", "report", "stored"),
+    "__main__": ("devices", "jobs", "machine", "runner"),
 }
 LINES = 300
 

@@ -1,3 +1,4 @@
+import collections
 import math
 import random
 import subprocess
@@ -139,6 +140,79 @@ def test_a_checkpoint_of_another_recipe_is_refused(few, tmp_path):
         match=r"is of another recipe \(epochs=1 then, 3 now; learning_rate=0.004 then, 0.1 now\)",
     ):
         train(few, replace(RECIPE, learning_rate=0.1), checkpoint=tmp_path / "c.pt")
+
+
+class Reader(torch.nn.Module):
+    """Takes tokens and a mask, and gives a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, tokens, mask):
+        read = self.embedding(tokens) * mask[..., None]
+        return {"logits": self.head(read.mean(1)), "features": [read]}
+
+
+Pair = collections.namedtuple("Pair", "tokens mask")
+
+
+def reader_step(model, inputs, labels, loss_function, optimizer):
+    optimizer.zero_grad()
+    inputs = inputs._asdict() if isinstance(inputs, Pair) else inputs
+    inputs = dict(zip(("tokens", "mask"), inputs, strict=True)) if isinstance(inputs, list) else inputs
+    labels = labels["classes"] if isinstance(labels, dict) else labels
+    loss = loss_function(model(**inputs)["logits"], labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda tokens, mask, labels: ({"tokens": tokens, "mask": mask}, labels),
+        lambda tokens, mask, labels: ([tokens, mask], {"classes": labels}),
+        lambda tokens, mask, labels: (Pair(tokens, mask), labels),
+    ],
+)
+def test_a_step_of_ones_own_may_have_nested_batches(few, nest):
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randint(0, 20, (12, 5), generator=generator), torch.arange(12) % 3
+    batches = [nest(tokens[i : i + 4], torch.ones(4, 5), labels[i : i + 4]) for i in (0, 4, 8)]
+    recipe = training.Recipe(epochs=2, batch_size=4, channels_last=True)
+    options = {"step": reader_step, "batches": batches, "validate": False, "progress": False}
+    history = training.fit(Reader(), few, recipe, device="cpu", **options)
+    assert history.epoch_samples == [12, 12]
+    assert history.train_loss[1] < history.train_loss[0]
+
+
+class Gives(torch.nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.layer, self.what = torch.nn.Linear(3 * 32 * 32, 10), what
+
+    def forward(self, x):
+        return self.what(self.layer(x.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [(lambda x: {"logits": x}, "dict"), (lambda x: (x, x), "tuple"), (lambda x: [x], "list")],
+)
+def test_a_model_that_gives_no_logits_is_told_so_at_once(few, what, kind):
+    message = f"the model gives a {kind} where one tensor of logits .* is needed"
+    with pytest.raises(TypeError, match=message):
+        training.fit(Gives(what), few, RECIPE, device="cpu", progress=False)
+    with pytest.raises(TypeError, match=message):
+        training.evaluate(Gives(what), few.val)
+
+
+def test_a_batch_without_a_tensor_is_told_so(few):
+    options = {"batches": [("text", 3)], "step": lambda *parts: torch.zeros(()), "validate": False}
+    with pytest.raises(TypeError, match="a batch of tuple holds no tensor"):
+        recipe = training.Recipe(epochs=1, schedule="constant")
+        training.fit(models.LeNet5(), few, recipe, device="cpu", progress=False, **options)
 
 
 class StopNowError(Exception):
