@@ -210,8 +210,8 @@ def test_a_model_that_gives_no_logits_is_told_so_at_once(few, what, kind):
 
 def test_a_batch_without_a_tensor_is_told_so(few):
     options = {"batches": [("text", 3)], "step": lambda *parts: torch.zeros(()), "validate": False}
+    recipe = training.Recipe(epochs=1, schedule="constant")
     with pytest.raises(TypeError, match="a batch of tuple holds no tensor"):
-        recipe = training.Recipe(epochs=1, schedule="constant")
         training.fit(models.LeNet5(), few, recipe, device="cpu", progress=False, **options)
 
 
