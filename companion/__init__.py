@@ -51,6 +51,7 @@ MODULES = (
     "quantization_peers",
     "quantization_pt2e",
     "quantized",
+    "randomness",
     "ray_callbacks",
     "ray_results",
     "ray_session",

@@ -4,12 +4,10 @@ without trust.
 
 import os
 import pickle
-import random
 import zipfile
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 
 
@@ -65,6 +63,10 @@ def load(path: Path, must_agree: dict[str, object] | None = None) -> dict[str, o
         raise RuntimeError(
             f"checkpoint {path} is damaged ({type(error).__name__}): delete it to start again"
         ) from error
+    if not isinstance(saved, dict) or "settings" not in saved:
+        raise RuntimeError(
+            f"checkpoint {path} was not written by this training: name another file, or delete it"
+        )
     differences = [
         f"{name}={saved['settings'].get(name)!r} then, {value!r} now"
         for name, value in (must_agree or {}).items()
@@ -76,22 +78,3 @@ def load(path: Path, must_agree: dict[str, object] | None = None) -> dict[str, o
             f"delete it"
         )
     return saved
-
-
-def random_state(device: torch.device) -> dict[str, object]:
-    """The state of the random numbers of torch, on the CPU and on a GPU, of Python, and of NumPy."""
-    name, keys, *rest = np.random.get_state()
-    state = {"cpu": torch.get_rng_state(), "python": random.getstate()}
-    state["numpy"] = (name, keys.tolist(), *rest)
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, object], device: torch.device) -> None:
-    """Goes on with the random numbers where `random_state` was asked."""
-    torch.set_rng_state(state["cpu"])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -87,9 +87,10 @@ _FREE = re.compile(
 
 def _costs_no_macs(operator: torch._ops.OpOverload) -> bool:
     """Whether an operator moves elements, or computes with each by itself: by convention it has no MACs."""
-    name = operator._schema.name.removeprefix("aten::")
-    by_element = torch.Tag.pointwise in operator.tags or operator.is_view
-    return by_element or bool(_FREE.match(name))
+    if torch.Tag.pointwise in operator.tags or operator.is_view:
+        return True
+    namespace, _, name = operator._schema.name.partition("::")
+    return namespace == "aten" and bool(_FREE.match(name))  # of others a name says nothing
 
 
 class Counted:

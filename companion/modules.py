@@ -47,20 +47,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Afterwards the model's buffers (BatchNorm's statistics), its gradients, and torch's random numbers on
-    the CPU are as they were.
+    the CPU and on the model's GPUs are as they were.
     """
     buffers = [(table, name, table[name], table[name].clone()) for table, name in _buffers(model)]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    random = torch.get_rng_state()
+    gpus = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     try:
-        yield
+        with torch.random.fork_rng(devices=gpus):
+            yield
     finally:
         with torch.no_grad():
             for table, name, buffer, before in buffers:
                 table[name] = buffer.copy_(before)
         for parameter, before in gradients:
             parameter.grad = before
-        torch.set_rng_state(random)
 
 
 def _buffers(model: nn.Module) -> list[tuple[dict, str]]:
@@ -88,7 +88,7 @@ def move(
     for table, name in entries:
         shared[id(table[name])].append((table, name))
         places[memory_key(table[name])][id(table[name])] = table[name]
-    moves = any(tensor.device != device for tensors in places.values() for tensor in tensors.values())
+    moves = any(_elsewhere(table[name], device) for table, name in entries)
     for tensors in places.values():
         if moves and len(tensors) > 1:
             names = [name for name, tensor in _named(model) if id(tensor) in tensors]
@@ -101,6 +101,11 @@ def move(
         for table, name in others:
             table[name] = first[its_name]
     return model
+
+
+def _elsewhere(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether it is on another device; "cuda" without a number means each of them."""
+    return tensor.device.type != device.type or device.index not in (None, tensor.device.index)
 
 
 def _tables(model: nn.Module) -> list[dict[str, torch.Tensor | None]]:

@@ -19,6 +19,7 @@ from companion import quantization_peers as peers
 from companion import quantization_pt2e as pt2e
 
 FLOAT = "float32"
+MOSTLY_FLOAT = 0.6  # of float32's bytes: where all weights are integers it is a quarter
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ class Comparison:
         if row.reason:
             return row.name, *[""] * (len(sizes) + 2), row.reason
         gains = (f"{row.speed_up[size]:.2f}x {measure.verdict(row.speed_up[size])}" for size in sizes)
-        return row.name, f"{row.accuracy:.2%}", *gains, f"{row.disk_bytes / 1024:,.1f}", row.busy or ""
+        share = row.disk_bytes / self.rows[0].disk_bytes
+        mostly = f"most of it stayed float: {share:.0%} of the bytes" if share > MOSTLY_FLOAT else ""
+        remarks = [mostly if row.name.startswith("int8") else "", row.busy or ""]
+        size = f"{row.disk_bytes / 1024:,.1f}"
+        return row.name, f"{row.accuracy:.2%}", *gains, size, "; ".join(filter(None, remarks))
 
     def figure(self, batch_size: int, noise: float = 0.0) -> Figure:
         """Accuracy against the speed-up at this batch size, and against how many times smaller files are.

@@ -6,7 +6,6 @@ print(found.best.config); print(found.table()); found.figure()
 
 import inspect
 import json
-import random
 import shutil
 import tempfile
 import time
@@ -15,10 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from companion import checks, ray_callbacks, ray_results, ray_session, ray_trials, training
+from companion import checks, randomness, ray_callbacks, ray_results, ray_session, ray_trials, training
 from companion.ray_results import Search
 
 SCHEDULERS = ("fifo", "asha")
@@ -221,15 +217,9 @@ def search(
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """The global random generators, from which schedulers draw; as they were before, afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    training.seed_everything(seed)
-    np.random.seed(seed)
-    try:
+    with randomness.kept():
+        training.seed_everything(seed)
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 def _kind(choice: object) -> str:

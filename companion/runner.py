@@ -12,6 +12,9 @@ import nbformat
 
 from companion import checks, executed, jobs, kernels
 from companion.jobs import Job
+from companion.jobs import check as check
+from companion.jobs import find as find
+from companion.jobs import plan as plan
 
 REPORT = "index.html"
 _NO_KERNEL = "Kernel didn't respond"  # what is said of one that has not come up
@@ -110,6 +113,7 @@ def _through_papermill(job: Job, extra: dict, output: Path, cell_seconds: int, b
     """Executes the notebook; the error in a line."""
     import papermill
 
+    papermill.translators.papermill_translators.register("python", _translator())
     place = {"metadata": {"path": str(output.parent)}}  # the kernel's; papermill's cwd would move all threads
     options = {"resources": place, "execution_timeout": cell_seconds, "progress_bar": bar}
     options["extra_arguments"] = ["--log-level=ERROR"]  # or each kernel warns that it does not encrypt
@@ -125,6 +129,20 @@ def _through_papermill(job: Job, extra: dict, output: Path, cell_seconds: int, b
     error = once()
     # Two kernels that start at once may have chosen the same port.
     return once() if error and _NO_KERNEL in error else error
+
+
+def _translator() -> type:
+    """Papermill's, which would write a tuple or a set as a text into the notebook."""
+    from papermill.translators import PythonTranslator
+
+    class Translator(PythonTranslator):
+        @classmethod
+        def translate(cls, value):
+            if isinstance(value, (tuple, set)):
+                return f"{type(value).__name__}([{', '.join(map(cls.translate, value))}])"
+            return super().translate(value)
+
+    return Translator
 
 
 def _line(failure: Exception) -> str:

@@ -8,7 +8,6 @@ refused with the line. Both modes are followed: the model's own forward may read
 
 import copy
 import inspect
-import random
 import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -16,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import fx, nn
 
-from companion import modules
+from companion import modules, randomness
 
 _LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parent), inspect.__file__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -130,16 +128,10 @@ def _line() -> str:
     return f"line {frames[-1].lineno}: {frames[-1].line}" if frames else "in torch"
 
 
-def _draws() -> tuple:
-    """The states of the random numbers that forward might draw."""
-    name, keys, *rest = np.random.get_state()
-    return random.getstate(), (name, keys.tobytes(), *rest), torch.get_rng_state().numpy().tobytes()
-
-
 @contextmanager
 def _blamed(module: nn.Module) -> Iterator[None]:
     """Whatever goes wrong inside is this module's, unless it is that of one inside."""
-    before = _draws()
+    before = randomness.state()
     try:
         yield
     except (_UnsafeError, SplitError):
@@ -150,7 +142,7 @@ def _blamed(module: nn.Module) -> Iterator[None]:
         where = f" (line {own[-1].lineno}: {own[-1].line})" if own else ""
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise _UnsafeError(module, f"{said}{where}") from error
-    if _draws() != before:
+    if not randomness.same(before, randomness.state()):
         raise _UnsafeError(module, "it draws random numbers of its own, which would be the same in each call")
 
 
@@ -159,10 +151,7 @@ def _watched(model: nn.Module) -> Iterator[None]:
     """Raises for what forward sets on a module, or changes in its lists; afterwards all is as it was."""
     parts = {part: dict(part.__dict__) for part in model.modules()}
     held = [(part, name, *pair) for part in parts for name, pair in _held(part).items()]
-    states, plain_set = (
-        (random.getstate(), np.random.get_state(), torch.get_rng_state()),
-        nn.Module.__setattr__,
-    )
+    plain_set = nn.Module.__setattr__
 
     def watching(module: nn.Module, name: str, value: object) -> None:
         if module in parts and not name.startswith(_CONSTANT):
@@ -170,15 +159,12 @@ def _watched(model: nn.Module) -> Iterator[None]:
         plain_set(module, name, value)
 
     try:
-        with mock.patch.object(nn.Module, "__setattr__", watching):
+        with randomness.kept(), mock.patch.object(nn.Module, "__setattr__", watching):
             yield
         for part, name, container, before in held:
             if not _same(container, before) and not name.startswith("_"):
                 raise _UnsafeError(part, f"it changes self.{name}")
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
         for _, _, container, before in held:
             if not _same(container, before):
                 container.clear()

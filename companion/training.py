@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from companion import checkpoint as checkpoint_files
-from companion import devices, modules
+from companion import devices, modules, randomness
 from companion.data import Batches, Split, Splits
 from companion.recipe import History as History
 from companion.recipe import Recipe as Recipe
@@ -120,6 +120,12 @@ def fit(
         batches = Batches(
             splits.train, recipe.batch_size, device, recipe.augment, drop_last=True, seed=recipe.seed
         )
+    if not len(batches):
+        raise ValueError("there is no batch to train on: `batches` is empty")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that requires a gradient: nothing to train"
+        )
     run = _Run(model, recipe, device, step, batches)
     history = run.resumed(Path(checkpoint)) if checkpoint else None
     if history is None:
@@ -206,16 +212,30 @@ class _Run:
     def save(self, path: Path, history: History) -> None:
         contents = {name: part.state_dict() for name, part in self.parts().items()}
         contents |= {"settings": asdict(self.recipe), "history": asdict(history)}
-        checkpoint_files.save(path, contents | {"random": checkpoint_files.random_state(self.device)})
+        checkpoint_files.save(path, contents | {"random": randomness.state(self.device)})
 
     def resumed(self, path: Path) -> History | None:
         """The history so far, everything else as it was then; None where there is no checkpoint yet."""
         saved = checkpoint_files.load(path, asdict(self.recipe))
         if saved is None:
             return None
+        if not randomness.state().keys() <= saved["random"].keys():
+            raise RuntimeError(
+                f"checkpoint {path} is of an older version of this suite: delete it to start again"
+            )
+        shapes, theirs = (
+            {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+            for state in (self.model.state_dict(), saved["model"])
+        )
+        if unlike := sorted({name for name, _ in shapes.items() ^ theirs.items()}):
+            then, now = (state.get(unlike[0], "not there") for state in (theirs, shapes))
+            raise RuntimeError(
+                f"checkpoint {path} is of another model ({unlike[0]} was {then}, and is {now}): name another "
+                "file, or delete it"
+            )
         for name, part in self.parts().items():
             part.load_state_dict(saved[name])
-        checkpoint_files.set_random_state(saved["random"], self.device)
+        randomness.set_state(saved["random"], self.device)
         return History(**saved["history"])
 
 

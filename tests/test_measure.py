@@ -238,6 +238,17 @@ def test_operators_that_cannot_be_counted_are_named(function, name):
         assert measure.macs(Unknown(function), torch.ones(4, 8)) >= 4 * 4 * 8
 
 
+@torch.library.custom_op("indexing::product", mutates_args=())
+def product(x: torch.Tensor) -> torch.Tensor:
+    """An operator of somebody's own; its name begins as that of one without MACs."""
+    return x @ x.T
+
+
+def test_an_operator_of_ones_own_is_named_whatever_it_is_called():
+    with pytest.warns(UserWarning, match=r"indexing.product"):
+        measure.macs(Unknown(product), torch.ones(4, 8))
+
+
 def test_counting_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten())
     model[0].weight.grad = gradient = torch.ones_like(model[0].weight)

@@ -72,6 +72,16 @@ def test_the_best_is_the_fastest_within_the_budget_for_sure():
     assert compare.Comparison((first, row("a", 0.95, 0.9))).best(1) is first
 
 
+def test_a_variant_of_which_most_stayed_float_says_so():
+    def row(name, size):
+        return compare.Row(name, 0.9, {1: measure.Spread(1.0, 1.0, 1.0, 9)}, size)
+
+    rows = row("float32", 1000), row("bfloat16", 800), row("int8 static", 280), row("int8 dynamic", 940)
+    shown = {line.split("  ")[0]: line for line in str(compare.Comparison(rows).table()).splitlines()}
+    assert "most of it stayed float: 94% of the bytes" in shown["int8 dynamic"]
+    assert not any("stayed" in shown[name] for name in ("float32", "bfloat16", "int8 static"))
+
+
 def test_only_the_named_variants_are_tried():
     found = compare.compare(
         nn.Linear(4, 2), torch.randn(64, 4), lambda model: 1.0, rounds=1, names=["int8 dynamic"]
