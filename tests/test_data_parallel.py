@@ -272,6 +272,7 @@ def test_layers_whose_weights_are_computed(make):
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of torch 2.15
 def test_a_scripted_part_is_refused():
     net = nn.Sequential(nn.Linear(4, 3), torch.jit.script(nn.Linear(3, 2)))
     with pytest.raises(TypeError, match="1 is scripted: replicate the module"):

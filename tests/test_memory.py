@@ -101,7 +101,7 @@ def test_sizes_where_there_is_no_storage():
         assert memory.model_bytes(models().to(devices.select("xla"))) == expected
     sparse = nn.Module()
     rows, columns, values = torch.arange(51), torch.arange(50), torch.ones(50)
-    sparse.register_buffer("matrix", torch.sparse_csr_tensor(rows, columns, values))
+    sparse.register_buffer("matrix", torch.sparse_csr_tensor(rows, columns, values, check_invariants=True))
     assert memory.model_bytes(sparse) == 51 * 8 + 50 * 8 + 50 * 4
 
 
