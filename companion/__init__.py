@@ -63,6 +63,7 @@ MODULES = (
     "runner",
     "schedules",
     "scoreboard",
+    "scratch",
     "search_figures",
     "sharded_checkpoint",
     "splitting",

@@ -5,6 +5,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from companion import datasets, host
+
+RANKS_PER_CORE = 4
+MOST_RANKS = "COMPANION_MOST_RANKS"  # the environment variable that allows more of them, or fewer
+RANK_BYTES = 300 * 2**20  # what a rank takes that has imported torch and trains a small model
+LARGEST_SEED = 2**32 - 1  # of numpy, which scikit-learn splits data with
+
 
 def number(
     name: str,
@@ -13,24 +20,42 @@ def number(
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
+    why: str = "",
 ) -> None:
     """Raises ValueError unless the value is a finite number, `least` or more, greater than `above`, and
-    `most` or less.
+    `most` or less. `why` is added to the message.
     """
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if (
+        not usable
+        or (least is not None and value < least)
+        or (above is not None and value <= above)
+        or (most is not None and value > most)
+    ):
+        raise ValueError(f"{name}={value!r} must be a number{_rules(least, above, most, why)}")
+
+
+def _rules(least: float | None, above: float | None, most: float | None, why: str) -> str:
     rules = [
-        (f"{least:g} or more" if least is not None else "", least is None or value >= least),
-        (f"greater than {above:g}" if above is not None else "", above is None or value > above),
-        (f"{most:g} or less" if most is not None else "", most is None or value <= most),
+        "" if least is None else f"{least:.10g} or more",
+        "" if above is None else f"greater than {above:g}",
+        "" if most is None else f"{most:.10g} or less",
     ]
-    if isinstance(value, bool) or not math.isfinite(value) or not all(holds for _, holds in rules):
-        raise ValueError(f"{name}={value!r} must be a number, {', '.join(text for text, _ in rules if text)}")
+    return "".join(f", {rule}" for rule in rules if rule) + (f" ({why})" if why else "")
 
 
-def whole(name: str, value: int, least: int = 1, most: int | None = None) -> None:
+def whole(name: str, value: int, least: int = 1, most: int | None = None, why: str = "") -> None:
     """Raises ValueError unless the value is a whole number from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be a whole number")
-    number(name, value, least=least, most=most)
+    number(name, value, least=least, most=most, why=why)
+
+
+def multiple(name: str, value: int, of: int, why: str) -> None:
+    """Raises ValueError unless the value is a whole number that `of` divides."""
+    whole(name, value)
+    if value % of:
+        raise ValueError(f"{name}={value} must be a multiple of {of} ({why})")
 
 
 def choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -39,7 +64,7 @@ def choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}")
 
 
-def whole_numbers(name: str, text: str, least: int = 1, most: int | None = None) -> list[int]:
+def whole_numbers(name: str, text: str, least: int = 1, most: int | None = None, why: str = "") -> list[int]:
     """The whole numbers of a list in text, such as "8,64,512", each from `least` to `most`.
 
     Raises ValueError for text that is no such list, or an empty one.
@@ -50,7 +75,7 @@ def whole_numbers(name: str, text: str, least: int = 1, most: int | None = None)
     except ValueError:
         raise ValueError(f"{name}={text!r} must be whole numbers with commas between, like '8,64'") from None
     for value in found:
-        whole(name, value, least, most)
+        whole(name, value, least, most, why)
     return found
 
 
@@ -64,3 +89,52 @@ def folder(name: str, path: str | Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise ValueError(f"{name}={str(path)!r} cannot be written to")
     return path
+
+
+def most_ranks() -> int:
+    """How many ranks a notebook starts here at most: four for each core and eight at least, as far as the
+    memory goes, or what the environment variable COMPANION_MOST_RANKS says.
+    """
+    if MOST_RANKS in os.environ:
+        return whole_numbers(MOST_RANKS, os.environ[MOST_RANKS])[0]
+    cores = max(8, RANKS_PER_CORE * host.usable_cores())
+    memory = host.usable_memory_bytes() // RANK_BYTES
+    return max(1, min(cores, memory)) if memory else cores
+
+
+def ranks(name: str, value: int, least: int = 1, most: int | None = None, why: str = "") -> None:
+    """Raises ValueError unless the value is a number of ranks, `least` or more, that this machine bears and,
+    for the reason `why`, no more than `most`.
+    """
+    bears = most_ranks()
+    if most is None or bears < most:
+        most = bears
+        why = f"by this machine's cores and memory; the environment variable {MOST_RANKS} allows more"
+    whole(name, value, least, most, why)
+
+
+def shared(**parameters: object) -> None:
+    """Checks the parameters that mean the same in every notebook: `dataset`, `epochs`, `batch_size`,
+    `learning_rate`, `seed`, `rounds`, `world_size` and `results_dir`.
+
+    A batch has no more images than the data set has for training. Raises ValueError with the rule that is
+    broken, KeyError for a parameter that has no rule here.
+    """
+    for name, value in parameters.items():
+        _RULES[name](name, value)
+    if {"dataset", "batch_size"} <= set(parameters):
+        images = datasets.SIZES[parameters["dataset"]][0]
+        why = f"{parameters['dataset']} has so many training images"
+        whole("batch_size", parameters["batch_size"], most=images, why=why)
+
+
+_RULES = {
+    "dataset": lambda name, value: choice(name, value, list(datasets.SIZES)),
+    "epochs": whole,
+    "batch_size": whole,
+    "learning_rate": lambda name, value: number(name, value, above=0),
+    "seed": lambda name, value: whole(name, value, least=0, most=LARGEST_SEED),
+    "rounds": whole,
+    "world_size": ranks,
+    "results_dir": folder,
+}

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from companion import datasets
-from companion.datasets import Split, Splits
+from companion.datasets import SIZES, Split, Splits
 
 # Gathered at once: several batches, for few allocations, yet small enough to stay in the cache.
 _BLOCK_BYTES = 4 * 2**20
@@ -51,7 +51,7 @@ def load(name: str = "digits", data_dir: str | Path = "data", seed: int = 0) -> 
         return datasets.cluttered_digits(seed)
     if name == "cifar10":
         return datasets.cifar10(Path(data_dir), seed)
-    raise ValueError(f"unknown dataset {name!r}; use 'digits', 'cluttered_digits' or 'cifar10'")
+    raise ValueError(f"unknown dataset {name!r}; use one of {', '.join(map(repr, SIZES))}")
 
 
 @dataclass(frozen=True)

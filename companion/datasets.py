@@ -11,6 +11,12 @@ import torch
 import torch.nn.functional as F
 
 DIGITS = tuple("0123456789")
+# Images for training, validation and test of each data set.
+SIZES = {
+    "digits": (1257, 180, 360),
+    "cluttered_digits": (20_000, 4_000, 10_000),
+    "cifar10": (45_000, 5_000, 10_000),
+}
 
 
 class Split(NamedTuple):
@@ -71,7 +77,7 @@ def _original_digits(seed: int) -> list[Split]:
 
     bunch = load_digits()
     images, labels = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16, torch.tensor(bunch.target)
-    return [Split(images[part], labels[part]) for part in split_indices(labels, (1257, 180, 360), seed)]
+    return [Split(images[part], labels[part]) for part in split_indices(labels, SIZES["digits"], seed)]
 
 
 def digits(seed: int) -> Splits:
@@ -90,7 +96,7 @@ def cluttered_digits(seed: int) -> Splits:
     Each part is made from its own scanned digits only, so that no test image shares a stroke with a training
     image.
     """
-    parts = zip(_original_digits(seed), (20_000, 4_000, 10_000), strict=True)
+    parts = zip(_original_digits(seed), SIZES["cluttered_digits"], strict=True)
     return _normalised(
         "cluttered_digits", [_clutter(part, size, seed + i) for i, (part, size) in enumerate(parts)], DIGITS
     )

@@ -3,9 +3,12 @@
 Called in each rank, where the default process group is ready. Source: torch.distributed.checkpoint.
 """
 
+import json
+import os
 import shutil
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-WHOLE = ".metadata"  # written last, in one move: a folder without it is no checkpoint
+WHOLE = "checksums.json"  # written last, in one move: a folder without it is no checkpoint
+CHUNK_BYTES = 2**20
 
 
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
@@ -34,16 +38,62 @@ def _write(state: dict[str, object], folder: str | Path, group: dist.ProcessGrou
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own
         checkpoint.save(state, checkpoint_id=str(folder), process_group=group)
+    # Each rank reads what it has written; torch's own reader looks at no checksum.
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    own = {path.name: _checksum(path) for path in Path(folder).glob(f"__{rank}_*")}
+    found = [None] * ranks if rank == 0 else None
+    dist.gather_object(own, found, dst=0, group=group)
+    reason = [_sealed(Path(folder), found) if rank == 0 else ""]
+    dist.broadcast_object_list(reason, src=0, group=group)
+    if reason[0]:
+        raise RuntimeError(f"a checkpoint in {folder} cannot be written: rank 0: {reason[0]}")
+
+
+def _sealed(folder: Path, found: list[dict[str, int]]) -> str:
+    """Writes the checksums of all ranks' files, which makes the checkpoint a whole one; or says why not."""
+    part = folder / (WHOLE + ".part")
+    try:
+        sums = {name: number for one in found for name, number in one.items()}
+        part.write_text(json.dumps(sums | {".metadata": _checksum(folder / ".metadata")}))
+        os.replace(part, folder / WHOLE)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _checksum(path: Path) -> int:
+    number = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            number = zlib.crc32(chunk, number)
+    return number
+
+
+def _damaged(folder: Path) -> list[str]:
+    """The files that are not as they were written; each rank looks at its share of them."""
+    together = dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    sums = json.loads((folder / WHOLE).read_text())
+    mine = sorted(sums)[rank::ranks]
+    wrong = [name for name in mine if not (folder / name).is_file() or _checksum(folder / name) != sums[name]]
+    if not together:
+        return wrong
+    found: list[list[str]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(found, wrong)
+    return sorted(name for one in found for name in one)
 
 
 def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
     """Reads a checkpoint of `save` into a model that may be laid out over another number of ranks, or over
     none; called by all ranks together, and nothing is changed if it fails before it reads.
 
-    Raises RuntimeError for a folder that holds no complete checkpoint, or one of another model.
+    Raises RuntimeError for a folder that holds no complete checkpoint, a damaged one, or one of another
+    model.
     """
     if not Path(folder, WHOLE).is_file():
         raise RuntimeError(f"{folder} holds no complete checkpoint: its {WHOLE} is missing")
+    if damaged := _damaged(Path(folder)):
+        raise RuntimeError(f"{folder} is damaged ({', '.join(damaged)}): delete it to use an earlier one")
     state = _state(model, optimizer)
     try:
         checkpoint.load(state, checkpoint_id=str(folder))

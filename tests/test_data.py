@@ -56,7 +56,7 @@ def test_cluttered_digits_are_large_reproducible_and_separate(monkeypatch):
 
 def test_unknown_data_set_is_refused():
     with pytest.raises(
-        ValueError, match="unknown dataset 'mnist'; use 'digits', 'cluttered_digits' or 'cifar10'"
+        ValueError, match="unknown dataset 'mnist'; use one of 'digits', 'cluttered_digits', 'cifar10'"
     ):
         data.load("mnist")
 

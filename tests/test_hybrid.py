@@ -1,6 +1,8 @@
 """Layouts of several ranks train what one rank trains, and hold what theory says."""
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,7 +198,41 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
 
     (tmp_path / "__0_0.distcp").write_bytes(b"half")
     (said,) = launch.run(attempt, 1, str(tmp_path), device="cpu", threads=1)
-    assert said.endswith("holds no complete checkpoint: its .metadata is missing")
+    assert said.endswith("holds no complete checkpoint: its checksums.json is missing")
+
+
+def _flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("__0_0.distcp", lambda path: _flip(path, -300)),
+        ("__3_0.distcp", lambda path: path.write_bytes(path.read_bytes()[:-4096] + bytes(4096))),
+        ("__2_0.distcp", lambda path: path.unlink()),
+        (".metadata", lambda path: _flip(path, 40)),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_damaged_checkpoint_is_refused_by_all_ranks(folder, tmp_path, name, damage, ranks):
+    shutil.copytree(folder, tmp_path / "copy")
+    damage(tmp_path / "copy" / name)
+
+    def attempt(path: str) -> str:
+        laid = Laid(job(), Layout(ranks))
+        try:
+            sharded_checkpoint.load(laid.model, laid.optimizer, path)
+        except RuntimeError as error:
+            return str(error)
+        return "accepted"
+
+    said = launch.run(attempt, ranks, str(tmp_path / "copy"), device="cpu", threads=1)
+    assert [one.split(" is ")[-1] for one in said] == [
+        f"damaged ({name}): delete it to use an earlier one"
+    ] * ranks
 
 
 def test_a_checkpoint_of_another_model_is_refused(folder):

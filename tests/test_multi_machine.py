@@ -84,7 +84,7 @@ def test_a_training_that_was_interrupted_ends_as_if_it_was_not(splits, tmp_path,
 def test_an_interrupted_checkpoint_is_never_read(splits, tmp_path):
     recipe = Recipe(str(tmp_path), steps=8, every=4)
     run(2, splits, recipe)
-    (tmp_path / "step-8" / ".metadata").unlink()  # what is written last
+    (tmp_path / "step-8" / sharded_checkpoint.WHOLE).unlink()  # what is written last
     assert sharded_checkpoint.steps(tmp_path) == [4]
     again = run(2, splits, replace(recipe, steps=9))
     assert again[0].first == 4

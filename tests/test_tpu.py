@@ -146,12 +146,27 @@ def _steps() -> dict[str, str]:
         calls.append(None)
         good(x.repeat(len(calls), 1))
 
+    def accumulates(x):
+        model(x).square().mean().backward()
+        calls.append(None)
+        if len(calls) % 3 == 0:
+            adam.step()
+            adam.zero_grad()
+        torch_xla.sync()
+
+    def uniques(x):
+        good(x + x.round().unique().sum() * 0)
+
     def lacks(x):
         x.to_sparse()
 
     batches, found = [torch.randn(6, 4) for _ in range(4)], {}
-    for step in (good, unmarked, fetches, prints, copies, masks, doubles, grows):
+    for step in (good, unmarked, fetches, prints, copies, masks, doubles, grows, uniques):
         found[step.__name__] = tpu.diagnose(step, batches)
+    adam = torch.optim.AdamW(model.parameters())
+    optimizer.zero_grad()
+    calls.clear()
+    found["accumulates"] = tpu.diagnose(accumulates, 3 * batches)
     found["ragged"] = tpu.diagnose(good, [*batches, torch.randn(5, 4)])
     found["tuples"] = tpu.diagnose(lambda x, y: good(x + y), [(x, x) for x in batches])
     for name, step, given in (("lacks", lacks, batches), ("nothing", good, [])):
@@ -210,10 +225,28 @@ def test_masks_fall_back_and_change_the_program(diagnosed):
 
 
 @XLA
+@pytest.mark.parametrize(("name", "line"), [("masks", "x[x > 0].sum()"), ("uniques", ".unique()")])
+def test_sizes_that_depend_on_values_are_blamed_for_their_programs(diagnosed, name, line):
+    (again,) = (finding for finding in diagnosed[name].findings if finding.kind == "recompilation")
+    assert "size depends on values" in again.text
+    assert line in again.where
+    assert again.programs == diagnosed[name].counts.compilations - diagnosed[name].expected > 0
+
+
+@XLA
+def test_accumulated_gradients_make_several_programs_that_are_no_fault(diagnosed):
+    found = diagnosed["accumulates"]
+    assert found.findings == ()
+    assert found.expected == found.counts.compilations >= 4
+
+
+@XLA
 def test_shapes_that_grow_inside_the_step_are_recompilations(diagnosed):
     (finding,) = diagnosed["grows"].findings
     assert (finding.kind, finding.steps) == ("recompilation", 2), "all after the second"
     assert "a Python number or branch" in finding.text
+    assert finding.programs == 2
+    assert ", 2 steps, 2 programs: " in str(diagnosed["grows"])
 
 
 @XLA

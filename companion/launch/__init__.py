@@ -23,11 +23,13 @@ from multiprocessing import forkserver
 import torch
 import torch.distributed as dist
 
-from companion import devices, host
+from companion import devices, host, scratch
 from companion.launch import pickling
 from companion.launch.outcome import WorkerError as WorkerError
 from companion.launch.outcome import collect
 from companion.launch.ranks import Rank
+from companion.launch.spawned import end_with_parent as end_with_parent
+from companion.launch.spawned import overheard as overheard
 
 PRELOAD = [
     "torch._dynamo",
@@ -93,6 +95,7 @@ def warm(*modules: str) -> multiprocessing.context.ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, *modules])
+    scratch.own()  # the server's socket goes with this process, even if that is killed
     forkserver.ensure_running()
     return context
 

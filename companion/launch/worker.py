@@ -29,6 +29,12 @@ from companion.launch.protocol import Order, Report
 
 # Of a pickled result; a larger one is refused before it fills the memory three times over.
 RESULT_BYTES = 2**30
+# What is said where a DataLoader's worker should have a cell's class or function.
+_OF_A_CELL = re.compile(r"pickle.*(on __main__|local object|local function)|DataLoader worker.* exited")
+_ADVICE = (
+    " (a DataLoader's workers that are started by spawn or forkserver cannot have what a cell defines: put "
+    "it in a file and import it, or use num_workers=0 or multiprocessing_context='fork')"
+)
 # What a rank says when another one has gone, or has not come.
 _ECHO = re.compile(
     r"closed by peer|reset by peer|Broken pipe|Timed out waiting|timed out|timeout", re.IGNORECASE
@@ -98,6 +104,7 @@ def _explain(error: BaseException, cells: dict) -> tuple[str, str, str, bool]:
         text = text.replace(f'File "{filename}"', name)
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
     reason = f"{type(error).__name__}: {_said(error)}".rstrip(": ") + notes
+    reason += _ADVICE if _OF_A_CELL.search(reason) else ""
     return reason, text, _place(traceback.extract_tb(trace), cells), bool(_ECHO.search(reason))
 
 
