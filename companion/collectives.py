@@ -123,6 +123,7 @@ class AllReduce:
 
     latency_seconds: float
     bytes_per_second: float
+    points: tuple[tuple[float, float], ...] = ()  # what was measured: bytes, seconds
 
     @classmethod
     def fitted(cls, measured: dict[int, measure.Spread]) -> "AllReduce":
@@ -130,11 +131,22 @@ class AllReduce:
         sizes = np.array(list(measured), dtype=float)
         seconds = np.array([spread.median for spread in measured.values()], dtype=float)
         slope, start = np.polyfit(sizes, seconds, 1, w=1 / seconds)
-        return cls(max(0.0, float(start)), 1 / max(float(slope), 1e-15))
+        points = tuple(zip(sizes.tolist(), seconds.tolist(), strict=True))
+        return cls(max(0.0, float(start)), 1 / max(float(slope), 1e-15), points)
 
     def seconds(self, size_bytes: float, calls: int = 1) -> float:
         """Of `calls` all-reduces that send `size_bytes` in all."""
         return calls * self.latency_seconds + size_bytes / self.bytes_per_second
+
+    def between(self, size_bytes: float, calls: int = 1) -> float:
+        """Of `calls` all-reduces that send `size_bytes` in all, between the sizes that were measured (on
+        logarithmic scales); beyond them as the line says.
+        """
+        each = size_bytes / calls
+        if not self.points or not self.points[0][0] <= each <= self.points[-1][0]:
+            return self.seconds(size_bytes, calls)
+        sizes, seconds = (np.log(values) for values in zip(*self.points, strict=True))
+        return calls * float(np.exp(np.interp(np.log(each), sizes, seconds)))
 
 
 def all_reduce_seconds(

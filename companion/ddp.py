@@ -88,7 +88,8 @@ class Scaling:
     """Times of a training step at one global batch size, for `world_size` ranks, in turn.
 
     "alone": one rank does the whole batch, the others idle. "share": all ranks at once do their shares, and
-    do not communicate. "ddp": the real thing. `gradient_bytes` are sent in `calls` all-reduces.
+    do not communicate. "wrapped": they do so in DDP, each in a group of its own. "ddp": the real thing.
+    `gradient_bytes` are sent in `calls` all-reduces.
     """
 
     batch_size: int
@@ -102,8 +103,15 @@ class Scaling:
         return self.times.speed_up("ddp", over="alone")
 
     def predicted(self, line: AllReduce) -> float:
-        """The speed-up if communication came after the computation, none of it hidden."""
+        """The speed-up if communication came after the computation, none of it hidden: the shares alone, and
+        the line.
+        """
         together = self.times["share"].median + line.seconds(self.gradient_bytes, self.calls)
+        return self.times["alone"].median / together
+
+    def refined(self, line: AllReduce) -> float:
+        """The same with what DDP itself costs, and an all-reduce of this size as it was measured."""
+        together = self.times["wrapped"].median + line.between(self.gradient_bytes, self.calls)
         return self.times["alone"].median / together
 
 
@@ -116,16 +124,18 @@ def scaling(
     rank, world_size, device = dist.get_rank(), dist.get_world_size(), launch.device()
     if min(batch_sizes) < world_size:
         raise ValueError(f"a batch of {min(batch_sizes)} has no share for each of {world_size} ranks")
-    rows = []
+    rows, groups = [], [dist.new_group([other]) for other in range(world_size)]
     for batch_size in batch_sizes:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(batch_size, *shape, generator=generator).to(device)
         labels = torch.randint(0, 10, (batch_size,), generator=generator).to(device)
         mine = images[rank::world_size].contiguous(), labels[rank::world_size].contiguous()
         plain, model = make().to(device), make()
+        lonely = wrap(make(), process_group=groups[rank])
         whole = training.stepper(plain, images, labels)
         ways = {"alone": whole if rank == 0 else lambda: None}
-        ways |= {"share": training.stepper(plain, *mine), "ddp": training.stepper(wrap(model), *mine)}
+        ways |= {"share": training.stepper(plain, *mine), "wrapped": training.stepper(lonely, *mine)}
+        ways |= {"ddp": training.stepper(wrap(model), *mine)}
         size = sum(p.nbytes for p in model.parameters())
         rows.append(Scaling(batch_size, world_size, collectives.compare(ways, rounds), size, buckets(model)))
     return rows

@@ -49,6 +49,12 @@ class Machine:
         fields = {**vars(self), "versions": versions}
         return tables.Table((), [(name.replace("_", " "), str(value)) for name, value in fields.items()])
 
+    def folded(self) -> tables.Folded:
+        """The same behind one line, for a reader who has seen the table before."""
+        gpus = "no GPU" if self.gpus.startswith("none") else self.gpus
+        line = f"{self.cpu}, {self.cores} cores, {self.memory}, {gpus}, torch {self.versions['torch']}"
+        return tables.Folded(line, self.table())
+
     def __str__(self) -> str:
         return str(self.table())
 

@@ -70,6 +70,16 @@ class _Stage(pipelining.PipelineStage):
         return super()._get_init_p2p_neighbors_ops() if right else []
 
 
+def plain_stage(module: nn.Module) -> pipelining.PipelineStage:
+    """torch's own PipelineStage for this rank; before torch 2.13 without the first messages, on which gloo
+    aborts.
+    """
+    stage = pipelining.PipelineStage(module, dist.get_rank(), dist.get_world_size(), launch.device())
+    if not stacks.has_right_pipeline_warm_up() and dist.get_backend() == "gloo":
+        stage._get_init_p2p_neighbors_ops = list
+    return stage
+
+
 class _Sendable(nn.Module):
     """A stage that hands on what can be sent: a tensor in one piece of memory, and in main memory where gloo,
     which ranks that share a GPU need, sends only from there.

@@ -17,16 +17,21 @@ from companion.training import History
 
 @styled
 def learning_curves(histories: dict[str, History]) -> Figure:
-    """Loss and validation accuracy by epoch, of one or several trainings."""
+    """Loss and validation accuracy by epoch, of one or several trainings; those after the first as marks,
+    which lie on its lines where they agree.
+    """
     drawn, (left, right) = panels_of(2)
-    for (name, history), colour in zip(histories.items(), COLOURS * len(histories), strict=False):
+    for number, (name, history) in enumerate(histories.items()):
+        colour, shape = COLOURS[number % len(COLOURS)], "oxs^v"[number % 5]
+        trained, validated = (shape, shape) if number else ("-", "--")
+        fill = {"color": colour, "markersize": 6}
         epochs = range(1, len(history.train_loss) + 1)
-        left.plot(epochs, history.train_loss, color=colour, label=f"{name}, training")
+        left.plot(epochs, history.train_loss, trained, label=f"{name}, training", **fill)
         if history.val_loss:
-            left.plot(epochs, history.val_loss, "--", color=colour, label=f"{name}, validation")
-            right.plot(
-                epochs, [100 * accuracy for accuracy in history.val_accuracy], color=colour, label=name
-            )
+            hollow = fill | {"fillstyle": "none"}
+            left.plot(epochs, history.val_loss, validated, label=f"{name}, validation", **hollow)
+            accuracies = [100 * accuracy for accuracy in history.val_accuracy]
+            right.plot(epochs, accuracies, trained, label=name, **fill)
     left.set(ylabel="cross-entropy", yscale="log")
     right.set(ylabel="validation accuracy (%)")
     for axis in (left, right):
@@ -64,27 +69,34 @@ def breakdown(parts: dict[str, dict[str, float]], unit: str = "ms", scale: float
 
 
 @styled
-def ladder(rungs: dict[str, tuple[float, float]], kept: Sequence[str], limits: dict[str, float]) -> Figure:
-    """Samples per second (bars) and test accuracy from 0 to 1 (points) of each rung; those not in `kept` are
-    grey.
+def ladder(
+    rungs: dict[str, tuple[float | Spread, float]],
+    kept: Sequence[str],
+    limits: dict[str, float],
+    accuracy: str = "validation accuracy (%), same number of samples",
+) -> Figure:
+    """Samples per second (bars) and accuracy from 0 to 1 (points) of each rung; those not in `kept` are grey.
 
-    `limits` are samples per second that theory or a bare computation allows, drawn as dashed lines.
+    Speeds with a spread have whiskers. `limits` are samples per second that theory or a bare computation
+    allows, drawn as dashed lines.
     """
     drawn, (left, right) = panels_of(2, 9, 1.1 + 0.38 * len(rungs))
     names = list(rungs)
     speeds, accuracies = zip(*rungs.values(), strict=True)
+    middles = [middle(speed) for speed in speeds]
     colours = [COLOURS[0] if name in kept else COLOURS[6] for name in names]
-    bars = left.barh(names, speeds, color=colours, height=0.65)
-    gains = [f"{speed / speeds[0]:.1f}x" for speed in speeds]
+    bars = left.barh(names, middles, color=colours, height=0.65)
+    gains = [f"{speed / middles[0]:.1f}x" for speed in middles]
     left.bar_label(bars, gains, label_type="center", color="white", fontsize=9)
+    ends = [whisker(left, speed, place) for place, speed in enumerate(speeds)]
     for (name, limit), colour in zip(limits.items(), COLOURS[1:], strict=False):
         left.axvline(limit, linestyle="--", color=colour, label=name)
     left.set(
-        xlabel="training samples per second (grey: not kept)", xlim=(0, 1.08 * max(*speeds, *limits.values()))
+        xlabel="training samples per second (grey: not kept)", xlim=(0, 1.08 * max(*ends, *limits.values()))
     )
     left.xaxis.set_major_formatter(EngFormatter(sep=""))
-    right.scatter([100 * accuracy for accuracy in accuracies], names, color=colours)
-    right.set(xlabel="test accuracy (%), same number of samples", yticklabels=[])
+    right.scatter([100 * value for value in accuracies], names, color=colours)
+    right.set(xlabel=accuracy, yticklabels=[])
     for axis in (left, right):
         axis.invert_yaxis()
         axis.grid(axis="y", visible=axis is right)
@@ -187,6 +199,7 @@ def timeline(
     lanes: dict[str, list[tuple[str, float, float]]],
     colours: dict[str, str] | None = None,
     title: str | None = None,
+    xlabel: str = "time (ms)",
 ) -> Figure:
     """What happened when: lane -> [(what, start, end)], in seconds, drawn in milliseconds; `colours` by the
     first word.
@@ -229,7 +242,7 @@ def timeline(
         )
     axis.set(
         title=title,
-        xlabel="time (ms)",
+        xlabel=xlabel,
         xlim=(0, width),
         yticks=range(len(lanes)),
         ylim=(len(lanes) - 0.5, -0.5),

@@ -29,6 +29,21 @@ class Table:
         return f"<table>{''.join(head + [_row('td', row) for row in self.rows])}</table>"
 
 
+class Folded:
+    """A table behind a line, which a click unfolds in a notebook; as text the line alone."""
+
+    def __init__(self, line: str, table: Table):
+        self.line, self.table = line, table
+
+    def __str__(self) -> str:
+        return self.line
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return f"<details><summary>{html.escape(self.line)}</summary>{self.table._repr_html_()}</details>"
+
+
 def _row(tag: str, cells: Sequence[str]) -> str:
     written = (cell if isinstance(cell, Html) else html.escape(cell) for cell in cells)
     return "<tr>" + "".join(f"<{tag} style='text-align:left'>{cell}</{tag}>" for cell in written) + "</tr>\n"

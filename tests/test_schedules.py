@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from companion import schedules
+from companion import schedules, timetables
 from companion.schedules import Span
 
 
@@ -64,3 +64,40 @@ def test_check_says_what_fits():
     ):
         with pytest.raises(ValueError, match=message):
             schedules.check(*arguments)
+
+
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_timetables_have_the_published_bubble(name, ranks, rounds):
+    pieces = ranks * schedules.SCHEDULES[name].stages_per_rank * rounds
+    made = timetables.timetable(name, ranks, pieces)
+    assert schedules.bubble(made) == pytest.approx(schedules.predicted_bubble(name, ranks, pieces))
+    for rank, passes in enumerate(made):
+        assert len({(span.kind, span.stage, span.micro_batch) for span in passes}) == len(passes)
+        most = schedules.predicted_in_flight(name, ranks, rank, pieces)
+        forward_less_back = 0
+        for span in sorted(passes, key=lambda span: span.start):
+            forward_less_back += {"F": 1, "W": 0}.get(span.kind, -1)
+            assert forward_less_back <= most
+
+
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+def test_in_a_timetable_nobody_uses_what_is_not_there(name):
+    passes = [span for rank in timetables.timetable(name, 4, 8) for span in rank]
+    ends = {(span.kind, span.stage, span.micro_batch): span.end for span in passes}
+    backward = "I" if name == "zero_bubble" else "B"
+    last = max(span.stage for span in passes)
+    for span in passes:
+        if span.kind == "F" and span.stage:
+            assert ends["F", span.stage - 1, span.micro_batch] <= span.start
+        if span.kind == backward:
+            before = ("F", last) if span.stage == last else (backward, span.stage + 1)
+            assert ends[(*before, span.micro_batch)] <= span.start
+
+
+def test_a_timetable_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="interleaved on 4 ranks needs a multiple of 4"):
+        timetables.timetable("interleaved", 4, 9)
+    with pytest.raises(ValueError, match="schedule='fast' is unknown"):
+        timetables.timetable("fast", 4, 8)

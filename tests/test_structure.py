@@ -30,6 +30,7 @@ GROUND = {
     "datasets": (),
     "checks": ("datasets", "host"),
     "schedules": (),
+    "timetables": ("schedules",),
     "devices": ("host", "stacks"),
     "data": ("datasets",),
     "machine": ("devices", "host", "tables"),
@@ -46,6 +47,7 @@ GROUND = {
     "figures": ("measure",),
     "pictures": ("datasets", "figures"),
     "plots": ("figures", "measure", "tables", "training"),
+    "traces": (),
     "tradeoffs": ("figures", "measure"),
     "diagrams": ("figures",),
     "search_figures": ("figures", "tables"),
@@ -153,7 +155,8 @@ def test_a_notebook_imports_the_ground_its_own_technique_and_what_that_may_use(p
     own = {technique, *TECHNIQUES.get(technique, ())} | {room for room in TECHNIQUES if technique in room}
     # Threads are compared with processes; weights of few bits belong to 08, and 09 packs them.
     compares = {"05": {"clusters"}, "06": {"cluster_scripts", "machines", "network", "recoveries"}}
-    compares |= {"02": {"ddp"}, "08": {"low_bits"}, "09": {"low_bits", "packing", "quantization"}}
+    compares |= {"02": {"ddp"}, "04": {"ddp"}}
+    compares |= {"08": {"low_bits"}, "09": {"low_bits", "packing", "quantization"}}
     source = "\n".join(cells.plain(cell.source) for cell in cells.code(nbformat.read(path, 4)))
     beyond = imported(source) - {*GROUND, *ROOF} - own - compares.get(number, set())
     assert not beyond, f"it uses other techniques: {', '.join(beyond)}"
