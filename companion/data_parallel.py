@@ -190,21 +190,45 @@ def step_parts(
     """Median seconds of each part of a step, forward and backward, of a plain model or a
     `ThreadedDataParallel`.
     """
-    wrapped = isinstance(model, ThreadedDataParallel)
-    places = model.devices if wrapped else [images.device]
-    laps = measure.Laps(places)
+    parts = parts_in_turn({"it": model}, images, labels, rounds)["it"]
+    return {name: measure.Spread.of(series).median for name, series in parts.items()}
+
+
+def parts_in_turn(
+    models: dict[str, nn.Module], images: torch.Tensor, labels: torch.Tensor, rounds: int = 5
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each part of a step in each of `rounds` rounds, after one that does not count; the models
+    take turns, so that a slow moment hits all of them.
+    """
+    laps = {
+        name: measure.Laps(model.devices if isinstance(model, ThreadedDataParallel) else images.device)
+        for name, model in models.items()
+    }
+    turn = list(models)
     for _ in range(rounds + 1):
-        model.zero_grad()
-        if wrapped:
-            pieces = laps("scatter", scatter, ((images,), {}), places)
-            replicas = laps("replicate", replicate, model.module, places[: len(pieces)])
-            outputs = laps("forward", parallel_apply, replicas, pieces, model.threads)
-            logits = laps("gather", gather, outputs, places[0])
-        else:
-            logits = laps("forward", model, images)
-        laps("backward", F.cross_entropy(logits, labels).backward)
-        del logits  # and its graph, before the next is made
-    return {name: spread.median for name, spread in laps.spreads().items()}
+        for name in turn:
+            _timed_step(models[name], images, labels, laps[name])
+        turn = [*turn[1:], turn[0]]
+    return {name: {part: series[1:] for part, series in lap.seconds.items()} for name, lap in laps.items()}
+
+
+def _timed_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, laps: measure.Laps) -> None:
+    model.zero_grad()
+    if isinstance(model, ThreadedDataParallel):
+        places = model.devices
+        pieces = laps("scatter", scatter, ((images,), {}), places)
+        replicas = laps("replicate", replicate, model.module, places[: len(pieces)])
+        outputs = laps("forward", parallel_apply, replicas, pieces, model.threads)
+        logits = laps("gather", gather, outputs, places[0])
+    else:
+        logits = laps("forward", model, images)
+    laps("backward", F.cross_entropy(logits, labels).backward)
+
+
+def gain_in_turn(plain: dict[str, list[float]], threaded: dict[str, list[float]]) -> measure.Spread:
+    """How many times as fast the second one's steps are, round by round, of `parts_in_turn`."""
+    wholes = ([sum(parts) for parts in zip(*one.values(), strict=True)] for one in (plain, threaded))
+    return measure.Spread.of([slow / fast for slow, fast in zip(*wholes, strict=True)])
 
 
 def predicted_step(plain: dict[str, float], threaded: dict[str, float], replicas: int) -> float:

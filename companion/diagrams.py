@@ -99,7 +99,7 @@ def ring(ranks: int) -> Figure:
         bent["connectionstyle"] = f"arc3,rad={-0.25 if ranks > 2 else -0.5}"
         axis.annotate("", places[(rank + 1) % ranks], (x, y), arrowprops=dict(bent))
     said = f"each step: 1/{ranks} of the gradient\nto the next rank\n{ranks - 1} steps add up,\n"
-    axis.text(0, 0, said + f"{ranks - 1} hand the sums round", ha="center", va="center", fontsize=8.5)
+    axis.text(0, 0, said + f"{ranks - 1} hand the sums round", ha="center", va="center", fontsize=8)
     return drawn
 
 

@@ -22,7 +22,7 @@ def learning_curves(histories: dict[str, History]) -> Figure:
     """
     drawn, (left, right) = panels_of(2)
     for number, (name, history) in enumerate(histories.items()):
-        colour, shape = COLOURS[number % len(COLOURS)], "oxs^v"[number % 5]
+        colour, shape = COLOURS[number % len(COLOURS)], "os^v"[(number - 1) % 4]
         trained, validated = (shape, shape) if number else ("-", "--")
         fill = {"color": colour, "markersize": 6}
         epochs = range(1, len(history.train_loss) + 1)
@@ -142,10 +142,11 @@ def against_theory(
         axis.annotate(name, (1, level), (4, 0), xycoords=("axes fraction", "data"), **_NOTE)
     if "x" in log:
         axis.set_xscale("log", base=2)
-    for name, place in (marks or {}).items():
+    for number, (name, place) in enumerate((marks or {}).items()):
         axis.axvline(place, color=COLOURS[6], linewidth=0.8, linestyle=":")
         above = {"xycoords": ("data", "axes fraction"), "rotation": 35, "ha": "left"}
-        axis.annotate(name, (place, 1), (0, 2), **_NOTE | above | {"va": "bottom"})
+        # Every other one higher: names of near places would lie on each other.
+        axis.annotate(name, (place, 1), (0, 2 + 16 * (number % 2)), **_NOTE | above | {"va": "bottom"})
     axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if "y" in log else "linear")
     axis.xaxis.set_major_formatter(
         EngFormatter(sep="", places=0) if "x" in log else axis.xaxis.get_major_formatter()

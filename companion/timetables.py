@@ -60,15 +60,15 @@ def _start(
     def ended(kind: str, stage: int, number: int) -> bool:
         return ends.get((kind, stage, number), float("inf")) <= time
 
-    def begin(kind: str, stage: int, number: int) -> None:
-        end = time + SLOTS[kind] / _per_rank(schedule)
-        rank.spans.append(Span(kind, stage, number, time, end))
-        ends[kind, stage, number], rank.free = end, end
-
-    for kind, stage in _order(rank, schedule, own, micro_batches, ranks):
-        number = rank.done(kind, stage)
-        if number < micro_batches and _ready(kind, stage, number, stages, ended):
-            return begin(kind, stage, number)
+    may = (
+        (kind, stage, rank.done(kind, stage))
+        for kind, stage in _order(rank, schedule, own, micro_batches, ranks)
+    )
+    begun = next((it for it in may if it[2] < micro_batches and _ready(*it, stages, ended)), None)
+    if begun:
+        end = time + SLOTS[begun[0]] / _per_rank(schedule)
+        rank.spans.append(Span(*begun, time, end))
+        ends[begun], rank.free = end, end
 
 
 def _ready(kind: str, stage: int, number: int, stages: int, ended: Callable[[str, int, int], bool]) -> bool:

@@ -73,13 +73,20 @@ def where(sys_root: str = "/sys") -> Place:
 
 @dataclass(frozen=True)
 class Collective:
-    """A message between devices in a compiled program: its kind, the bytes each device gives to it, and how
-    many tensors.
+    """A message between devices in a compiled program: its kind, the bytes of its result on each device, and
+    of how many tensors.
     """
 
     kind: str
     nbytes: int
     tensors: int
+
+    def sent_bytes(self, devices: int) -> float:
+        """What each of `devices` sends in a ring. Source: Thakur, Rabenseifner and Gropp 2005."""
+        share = (devices - 1) / devices
+        times = {"all-reduce": 2 * share, "all-gather": share, "reduce-scatter": devices - 1}
+        times |= {"all-to-all": share, "collective-permute": 1}
+        return times[self.kind] * self.nbytes
 
 
 def collectives(program: str) -> list[Collective]:

@@ -11,14 +11,15 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 Span = tuple[str, float, float]  # what, start, end; in seconds
 
 
-def lanes(profiler: profile, most: int = 4) -> dict[str, list[Span]]:
+def lanes(profiler: profile, most: int = 3) -> dict[str, list[Span]]:
     """Spans by lane, for `plots.timeline`: "parts" are the regions that `record_function` named, "operators"
     the outermost operators below them, on the CPU; seconds from the first event.
 
     The `most` operators that take the longest keep their names, the others are "other".
     """
     events = [event for event in profiler.events() if event.time_range.elapsed_us() > 0]
-    regions = [event for event in events if event.is_user_annotation]
+    # torch's own regions have names such as "Optimizer.step#AdamW.step".
+    regions = [event for event in events if event.is_user_annotation and "#" not in event.name]
     operators = [event for event in events if _outermost(event)]
     if not events:
         raise ValueError("the profiler has seen nothing: run something while it is on")

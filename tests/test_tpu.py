@@ -101,6 +101,8 @@ def test_collectives_are_read_from_a_program():
     """
     found = tpu.collectives(program)
     assert found == [tpu.Collective("all-reduce", 4 * (840 + 1), 2), tpu.Collective("all-gather", 64, 1)]
+    assert [message.sent_bytes(8) for message in found] == [2 * 7 / 8 * 4 * 841, 7 / 8 * 64]
+    assert tpu.Collective("reduce-scatter", 8, 1).sent_bytes(8) == 56, "seven eighths of 64 bytes"
 
 
 def _steps() -> dict[str, str]:
