@@ -3,6 +3,8 @@
 import importlib
 
 MODULES = (
+    "advice",
+    "batches",
     "checkpoint",
     "checks",
     "cluster_scripts",
@@ -27,6 +29,7 @@ MODULES = (
     "jobs",
     "kernels",
     "launch",
+    "ledger",
     "layouts",
     "low_bits",
     "machine",
@@ -54,6 +57,7 @@ MODULES = (
     "randomness",
     "ray_callbacks",
     "ray_results",
+    "ray_runner",
     "ray_session",
     "ray_trials",
     "ray_tune",
@@ -70,6 +74,8 @@ MODULES = (
     "stacks",
     "stages",
     "stored",
+    "summary",
+    "summary_figures",
     "tables",
     "timetables",
     "tpu",

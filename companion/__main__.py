@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from companion import jobs, runner
+from companion import batches, checks, executed, jobs, ledger, runner
 
 
 def _headline(notebook: Path) -> tuple[str, dict]:
@@ -31,18 +31,58 @@ def list_notebooks(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs notebooks into results/<time>/; 1 if any failed."""
-    fixed, sweeps = jobs.pairs(arguments.parameter, arguments.sweep)
-    wanted = jobs.plan(jobs.find(arguments.names, arguments.notebooks), fixed, sweeps)
-    folder, failed = arguments.output or Path("results", time.strftime("%Y-%m-%d-%H%M%S")), 0
-    for outcome in runner.run(wanted, folder, arguments.jobs):
+    folder, wanted, done = _wanted(arguments)
+    if done:
+        print(f"{done} of {done + len(wanted)} have passed already")
+    failed = 0
+    for outcome in _outcomes(arguments, wanted, folder):
         failed += outcome.error is not None
         print(
             f"{outcome.job.name:40} {outcome.seconds:6.0f} s {outcome.cpu_seconds:6.0f} CPU-s  "
             f"{'failed: ' + outcome.error if outcome.error else 'passed'}",
             flush=True,
         )
-    print(f"{len(wanted) - failed} passed, {failed} failed; report: {folder / runner.REPORT}")
+    passed = done + len(wanted) - failed
+    print(f"{passed} passed, {failed} failed; report: {folder / ledger.REPORT}")
     return int(failed > 0)
+
+
+def _wanted(arguments: argparse.Namespace) -> tuple[Path, list[jobs.Job], int]:
+    """The folder of the run, what is still to be done, and how much has been done before."""
+    if arguments.resume:
+        others = (arguments.names, arguments.parameter, arguments.sweep, arguments.file, arguments.output)
+        if any(others):
+            raise ValueError("--resume goes on with what was begun: give it no notebooks, values or folder")
+        folder, planned = arguments.resume, ledger.planned(arguments.resume)
+        of = {notebook: _fingerprint(notebook) for notebook in {job.notebook for job in planned}}
+        wanted = ledger.left(folder, planned, of)
+        return folder, wanted, len(planned) - len(wanted)
+    if arguments.file and (arguments.names or arguments.parameter or arguments.sweep):
+        raise ValueError("--file says which notebooks and values: give no others beside it")
+    if arguments.file:
+        wanted = batches.read(arguments.file, arguments.notebooks)
+    else:
+        fixed, sweeps = jobs.pairs(arguments.parameter, arguments.sweep)
+        wanted = jobs.plan(jobs.find(arguments.names, arguments.notebooks), fixed, sweeps)
+    folder = arguments.output or Path("results", time.strftime("%Y-%m-%d-%H%M%S"))
+    checks.folder("output", folder)
+    ledger.begin(folder, wanted)
+    return folder, wanted, 0
+
+
+def _fingerprint(notebook: Path) -> str:
+    try:
+        return executed.fingerprint(jobs.read(notebook))
+    except ValueError:  # it will fail, and say why
+        return ""
+
+
+def _outcomes(arguments: argparse.Namespace, wanted: list[jobs.Job], folder: Path):
+    if not arguments.ray:
+        return runner.run(wanted, folder, arguments.jobs, time_limit=arguments.time_limit)
+    from companion import ray_runner
+
+    return ray_runner.run(wanted, folder, arguments.ray, time_limit=arguments.time_limit)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -124,6 +164,16 @@ def main(words: list[str] | None = None) -> int:
             )
             sub.add_argument("--jobs", type=int, default=1, help="notebooks at once (1)")
             sub.add_argument("--output", type=Path, help="folder for what is made (results/<time>)")
+            sub.add_argument("--file", type=Path, help="YAML with notebooks, parameters and sweeps")
+            sub.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in it")
+            sub.add_argument(
+                "--time-limit", type=float, metavar="SECONDS", help="a notebook that takes longer has failed"
+            )
+            sub.add_argument(
+                "--ray",
+                metavar="ADDRESS",
+                help="each run a task of this Ray cluster, or of a local one: local",
+            )
     words, given = _parameters(sys.argv[1:] if words is None else words, parser)
     arguments = parser.parse_args(words)
     if given and arguments.command is not run:
@@ -131,6 +181,8 @@ def main(words: list[str] | None = None) -> int:
     arguments.parameter = given
     if getattr(arguments, "jobs", 1) < 1:
         parser.error(f"--jobs {arguments.jobs} must be at least 1")
+    if (getattr(arguments, "time_limit", None) or 1) <= 0:
+        parser.error(f"--time-limit {arguments.time_limit:g} must be above 0")
     try:
         return arguments.command(arguments)
     except (ValueError, OSError) as error:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from companion import datasets, host
+from companion import host
 
 RANKS_PER_CORE = 4
 MOST_RANKS = "COMPANION_MOST_RANKS"  # the environment variable that allows more of them, or fewer
@@ -123,13 +123,20 @@ def shared(**parameters: object) -> None:
     for name, value in parameters.items():
         _RULES[name](name, value)
     if {"dataset", "batch_size"} <= set(parameters):
-        images = datasets.SIZES[parameters["dataset"]][0]
+        images = _sizes()[parameters["dataset"]][0]
         why = f"{parameters['dataset']} has so many training images"
         whole("batch_size", parameters["batch_size"], most=images, why=why)
 
 
+def _sizes() -> dict[str, tuple[int, int, int]]:
+    """Of the data sets; imported here, since that imports torch, and the runner checks without it."""
+    from companion import datasets
+
+    return datasets.SIZES
+
+
 _RULES = {
-    "dataset": lambda name, value: choice(name, value, list(datasets.SIZES)),
+    "dataset": lambda name, value: choice(name, value, list(_sizes())),
     "epochs": whole,
     "batch_size": whole,
     "learning_rate": lambda name, value: number(name, value, above=0),

@@ -89,6 +89,14 @@ def read(notebook: Path) -> nbformat.NotebookNode:
         raise ValueError(f"{notebook.name} cannot be read: {type(error).__name__}: {said[:150]}") from error
 
 
+def is_last(notebook: Path) -> bool:
+    """Whether a notebook reads what others record, as its metadata says, and so is to run after them."""
+    try:
+        return bool(read(notebook).metadata.get("companion", {}).get("last"))
+    except ValueError:
+        return False
+
+
 def parameters(notebook: Path) -> dict[str, Parameter]:
     """The parameters of a notebook by name: those that its cell tagged `parameters` sets.
 
@@ -235,16 +243,22 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if quoted else value
 
 
-def plan(notebooks: list[Path], fixed: dict[str, str], sweeps: dict[str, list[str]]) -> list[Job]:
+def plan(
+    notebooks: list[Path],
+    fixed: dict[str, str],
+    sweeps: dict[str, list[str]],
+    taken: set[str] | None = None,
+) -> list[Job]:
     """One job for each notebook and each combination of the sweeps' values, all checked before anything
-    starts. A notebook that cannot be read is a job too, which will fail: the others are to run.
+    starts. A notebook that cannot be read is a job too, which will fail: the others are to run. `taken` are
+    names that others have; the new ones are added.
     """
-    jobs, taken = [], set()
+    jobs, taken = [], set() if taken is None else taken
     for notebook in notebooks:
         try:
             parameters(notebook)
         except ValueError:
-            jobs.append(Job(notebook, {}, notebook.stem))
+            jobs.append(Job(notebook, {}, _file_name(notebook.stem, taken)))
             continue
         for combination in itertools.product(*sweeps.values()):
             swept = dict(zip(sweeps, combination, strict=True))

@@ -3,10 +3,19 @@ cell by cell.
 """
 
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
 
 from companion import host
+
+JOB = "COMPANION_JOB"  # the environment variable that names the run's job to what records in it
 
 
 @dataclass(frozen=True)
@@ -24,9 +33,13 @@ class Kernel:
     """
 
     variables: dict[str, str] = field(default_factory=dict)
+    log: Path | None = None  # what its process writes besides, such as what native code says when it dies
     cells: dict[int, Spent] = field(default_factory=dict)
     pid: int = 0
     most_cpu_seconds: float = 0.0
+    running: int | None = None  # the cell that has begun and not ended, counted from 0
+    overdue: bool = False  # whether it was killed because its time was over
+    _manager_of: object = None
 
     def options(self) -> dict[str, object]:
         return {
@@ -43,16 +56,53 @@ class Kernel:
         class Manager(AsyncKernelManager):
             async def start_kernel(self, **options):
                 options["env"] = os.environ | (options.get("env") or {}) | kernel.variables
-                await super().start_kernel(**options)
-                kernel.pid = self.provisioner.pid
+                if kernel.log:
+                    with kernel.log.open("ab") as log:
+                        await super().start_kernel(stdout=log, stderr=log, **options)
+                else:
+                    await super().start_kernel(**options)
+                kernel.pid, kernel._manager_of = self.provisioner.pid, self
 
         return Manager
 
+    @contextmanager
+    def limited(self, seconds: float | None) -> Iterator[None]:
+        """Kills the kernel and all its children if what is inside takes longer."""
+        if not seconds:
+            yield
+            return
+        timer = threading.Timer(seconds, self._kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _kill(self) -> None:
+        self.overdue = True
+        with suppress(psutil.NoSuchProcess):
+            kernel = psutil.Process(self.pid)
+            for process in [*kernel.children(recursive=True), kernel]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    def death(self) -> str:
+        """How the kernel's process ended, where a signal ended it; else nothing."""
+        process = getattr(getattr(self._manager_of, "provisioner", None), "process", None)
+        code = process.poll() if process else None
+        if code is None or code >= 0:
+            return ""
+        reason = ", as the system does where memory is short" if -code == signal.SIGKILL else ""
+        return f"its process was ended by {signal.Signals(-code).name}{reason}"
+
     def _before(self, cell, cell_index: int) -> None:
+        self.running = cell_index
         self._begun = time.perf_counter(), host.cpu_seconds(self.pid)
 
     def _after(self, cell, cell_index: int, execute_reply) -> None:
         seconds, used = self._begun
         now = host.cpu_seconds(self.pid)
+        self.running = None
         self.most_cpu_seconds = max(self.most_cpu_seconds, now)
         self.cells[cell_index] = Spent(time.perf_counter() - seconds, max(0.0, now - used))

@@ -4,50 +4,45 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
 import nbformat
 
-from companion import checks, executed, jobs, kernels
+from companion import checks, executed, jobs, kernels, ledger
 from companion.jobs import Job
 from companion.jobs import check as check
 from companion.jobs import find as find
 from companion.jobs import plan as plan
+from companion.ledger import Outcome as Outcome
 
-REPORT = "index.html"
 _NO_KERNEL = "Kernel didn't respond"  # what is said of one that has not come up
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended: the error in a line if it failed, seconds it took, CPU-seconds of the kernel and all
-    its children.
-    """
-
-    job: Job
-    error: str | None
-    seconds: float
-    cpu_seconds: float
-
-
 def run(
-    wanted: list[Job], folder: Path, workers: int = 1, cell_seconds: int = 1800, progress: bool = True
+    wanted: list[Job],
+    folder: Path,
+    workers: int = 1,
+    cell_seconds: int = 1800,
+    progress: bool = True,
+    time_limit: float | None = None,
 ) -> Iterator[Outcome]:
     """Runs the jobs that are wanted, `workers` at once, and gives each outcome as it comes; a notebook that
-    fails stops no other, nor does one that cannot be read or whose results cannot be written.
+    fails, hangs for longer than `time_limit` seconds or dies stops no other, nor does one that cannot be read
+    or whose results cannot be written.
 
-    Executed notebooks and their HTML, the scoreboard, and the report `index.html`, renewed after each job, go
-    to `folder`. Each kernel gets its part of the usable cores as OMP_NUM_THREADS, unless that is set.
+    Executed notebooks and their HTML, the scoreboard, the table of results and the report, renewed after each
+    job, go to `folder`; a kill at any moment leaves all that had ended. Each kernel gets its part of the
+    usable cores as OMP_NUM_THREADS, unless that is set.
 
     Raises ValueError before anything starts for a folder that cannot be written to, and OSError after all
     have ended if the report could not be written.
     """
     from companion.host import usable_cores
-    from companion.report import page
 
-    folder, unwritten = folder.absolute(), None
+    folder = folder.absolute()
     checks.folder("output", folder)
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
     slots: SimpleQueue[int] = SimpleQueue()
@@ -58,25 +53,41 @@ def run(
         slot = slots.get()
         try:
             bar = {"desc": job.name, "position": slot, "leave": False} if progress else False
-            return execute(job, folder, cell_seconds, bar, {"OMP_NUM_THREADS": threads}, {"results_dir": "."})
+            variables, also = {"OMP_NUM_THREADS": threads}, {"results_dir": "."}
+            return execute(job, folder, cell_seconds, bar, variables, also, time_limit)
         finally:
             slots.put(slot)
 
-    outcomes: list[Outcome] = []
     pool = ThreadPoolExecutor(workers)
     try:
-        for future in as_completed([pool.submit(work, job) for job in wanted]):
-            outcomes.append(future.result())
-            try:
-                (folder / REPORT).write_text(page(outcomes, folder), encoding="utf-8")
-                unwritten = None
-            except OSError as error:  # a full disk: the outcome is told all the same
-                unwritten = error
-            yield outcomes[-1]
-        if unwritten:
-            raise OSError(unwritten.errno, f"the report could not be written: {unwritten.strerror}")
+        for wave in waves(wanted):
+            yield from kept((pool.submit(work, job) for job in wave), folder)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nothing further starts
+
+
+def waves(wanted: list[Job]) -> list[list[Job]]:
+    """The jobs, those apart that read what others record, and so run after them."""
+    last = [job for job in wanted if jobs.is_last(job.notebook)]
+    return [[job for job in wanted if job not in last], last]
+
+
+def kept(futures: Iterator, folder: Path) -> Iterator[Outcome]:
+    """Notes each outcome as it comes, renews the report, and gives it."""
+    from companion.report import write
+
+    unwritten = None
+    for future in as_completed(list(futures)):  # all are begun before the first is waited for
+        outcome = future.result()
+        try:
+            ledger.add(folder, outcome)
+            write(folder)
+            unwritten = None
+        except OSError as error:  # a full disk: the outcome is told all the same
+            unwritten = error
+        yield outcome
+    if unwritten:
+        raise OSError(unwritten.errno, f"the report could not be written: {unwritten.strerror}")
 
 
 def execute(
@@ -86,21 +97,34 @@ def execute(
     bar: dict | bool = False,
     variables: dict[str, str] | None = None,
     also: dict[str, object] | None = None,
+    time_limit: float | None = None,
 ) -> Outcome:
     """Runs one job into `folder`, the working directory of its kernel too, which sees `variables` in its
-    environment. `also` are parameters that are set where the notebook has them and the job does not.
+    environment. `also` are parameters that are set where the notebook has them and the job does not. What the
+    kernel's process writes by itself goes to a file beside, `NAME.log`.
     """
-    kernel, start = kernels.Kernel(variables or {}), time.perf_counter()
     output = folder / f"{job.name or job.notebook.stem}.ipynb"
+    named = {kernels.JOB: output.stem} | (variables or {})
+    kernel, start = kernels.Kernel(named, output.with_suffix(".log")), time.perf_counter()
     error = before = None
     try:
         source = jobs.read(job.notebook)
         known, before = jobs.parameters(job.notebook), executed.fingerprint(source)
         extra = {name: value for name, value in (also or {}).items() if name in known}
-        error = _through_papermill(job, extra, output, cell_seconds, bar, kernel)
+        with kernel.limited(time_limit):
+            error = _through_papermill(job, extra, output, cell_seconds, bar, kernel)
     except (ValueError, OSError) as failure:
         error = _line(failure)
-    outcome = Outcome(job, error, time.perf_counter() - start, kernel.most_cpu_seconds)
+    if kernel.overdue:
+        error = f"TimeoutError: the notebook took longer than {time_limit:g} s"
+    elif error and (death := kernel.death()):
+        error = f"{error}: {death}"
+    cell = kernel.running if error else None
+    took = time.perf_counter() - start, kernel.most_cpu_seconds
+    outcome = Outcome(job, error, *took, None if cell is None else cell + 1, before or "")
+    with suppress(OSError):
+        if not kernel.log.stat().st_size:
+            kernel.log.unlink()
     try:
         if before and output.exists():
             _finish(outcome, output, before, kernel)

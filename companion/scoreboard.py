@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from companion import host, machine, tables
+from companion import host, kernels, machine, tables
 from companion.measure import Spread
 
 FILE = "scoreboard.jsonl"
@@ -46,6 +46,7 @@ def record(
             name: {**_numbers(value), "unit": unit} for name, (value, unit) in (metrics or {}).items()
         },
         "settings": settings,
+        "job": os.environ.get(kernels.JOB, ""),
         "device": str(device),
         "busy": _watch.busy(again=True),
         "environment": machine.environment(),
@@ -63,12 +64,12 @@ def record(
     return row
 
 
-def read(results_dir: str | Path) -> list[dict]:
+def read(results_dir: str | Path, name: str = FILE) -> list[dict]:
     """All rows recorded in `results_dir`, oldest first; an empty list where nothing was.
 
     Raises ValueError for a damaged line.
     """
-    path, rows = Path(results_dir, FILE), []
+    path, rows = Path(results_dir, name), []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
             rows.append(json.loads(line))

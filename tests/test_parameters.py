@@ -79,6 +79,12 @@ TOGETHER = {
         ({"tuning_images": 64}, "tuning_images=64 .*128 or more"),
         ({"batch_size": 25_000}, "batch_size=25000 .*20000 or less"),
     ],
+    "10_scoreboard": [
+        ({"batch_size": 1}, "batch_size=1 .*2 or more"),
+        ({"compare_with": "nowhere"}, "'nowhere' is no scoreboard"),
+        ({"input_shape": "3,8,8"}, "model='lenet5' takes no input_shape='3,8,8'"),
+        ({"model": "lenet7"}, "unknown model 'lenet7'.*did you mean 'lenet5'"),
+    ],
 }
 BY_STEM = {path.stem: path for path in NOTEBOOKS}
 

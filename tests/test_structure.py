@@ -94,11 +94,37 @@ TECHNIQUES = {
 ROOF = {
     "kernels": ("host",),
     "executed": ("kernels",),
-    "scoreboard": ("host", "machine", "measure", "tables"),
-    "report": ("scoreboard", "tables"),
+    "scoreboard": ("host", "kernels", "machine", "measure", "tables"),
+    "summary": ("measure", "scoreboard", "tables"),
+    "summary_figures": ("figures", "measure", "summary"),
+    "advice": ("devices", "host", "measure", "memory", "summary", "tables", "training"),
     "jobs": (),
-    "runner": ("checks", "executed", "host", "jobs", "kernels", "machine", "report", "stored"),
-    "__main__": ("devices", "jobs", "machine", "runner"),
+    "batches": ("jobs",),
+    "ledger": ("jobs",),
+    "report": ("ledger", "scoreboard", "tables"),
+    "runner": (
+        "checks",
+        "executed",
+        "host",
+        "jobs",
+        "kernels",
+        "ledger",
+        "machine",
+        "report",
+        "stored",
+    ),
+    "ray_runner": ("checks", "jobs", "ledger", "ray_session", "runner", "scoreboard"),
+    "__main__": (
+        "batches",
+        "checks",
+        "devices",
+        "executed",
+        "jobs",
+        "ledger",
+        "machine",
+        "ray_runner",
+        "runner",
+    ),
 }
 LINES = 300
 
@@ -155,7 +181,7 @@ def test_a_notebook_imports_the_ground_its_own_technique_and_what_that_may_use(p
     own = {technique, *TECHNIQUES.get(technique, ())} | {room for room in TECHNIQUES if technique in room}
     # Threads are compared with processes; weights of few bits belong to 08, and 09 packs them.
     compares = {"05": {"clusters"}, "06": {"cluster_scripts", "machines", "network", "recoveries"}}
-    compares |= {"02": {"ddp"}, "04": {"ddp"}}
+    compares |= {"02": {"ddp"}, "04": {"ddp"}, "10": {"quantization"}}
     compares |= {"08": {"low_bits"}, "09": {"low_bits", "packing", "quantization"}}
     source = "\n".join(cells.plain(cell.source) for cell in cells.code(nbformat.read(path, 4)))
     beyond = imported(source) - {*GROUND, *ROOF} - own - compares.get(number, set())
