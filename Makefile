@@ -18,7 +18,7 @@ export JUPYTER_RUNTIME_DIR := $(HOME_OF_TOOLS)/jupyter-runtime
 export MPLCONFIGDIR := $(HOME_OF_TOOLS)/matplotlib
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: run test test-all test-units begin-test lint units notebooks-in-other-ways nbval lab bench store doctor clean help
+.PHONY: links run test test-all test-units begin-test lint units notebooks-in-other-ways nbval lab bench store doctor clean help
 
 help:
 	@echo "make run     run all notebooks; executed copies and a report go to results/"
@@ -29,6 +29,7 @@ help:
 	@echo "make doctor  what can run here at full strength"
 	@echo "make bench   the speed claims, measured here"
 	@echo "make store   run the notebooks at their defaults and keep the outputs in them"
+	@echo "make links REPOSITORY=owner/name    write the project's address into all files"
 	@echo "make clean   remove what these made"
 	@echo "Each with STACK=newest: on today's torch instead of the reference stack"
 
@@ -90,6 +91,10 @@ bench: $(READY)
 
 store: $(READY)
 	@$(PYTHON_IN) -m companion store $(NB)
+
+# REPOSITORY=owner/name: written wherever the project's address stands.
+links: $(READY)
+	@$(PYTHON_IN) -m companion links $(REPOSITORY)
 
 doctor: $(READY)
 	@$(PYTHON_IN) -m companion doctor

@@ -31,6 +31,7 @@ MODULES = (
     "launch",
     "ledger",
     "layouts",
+    "links",
     "low_bits",
     "machine",
     "machines",

@@ -1,4 +1,4 @@
-"""Command line: python -m companion list | run | doctor | store."""
+"""Command line: python -m companion list | run | doctor | store | links."""
 
 import argparse
 import os
@@ -115,6 +115,17 @@ def store(arguments: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
+def links(arguments: argparse.Namespace) -> int:
+    """Writes the repository, owner/name, wherever the project's address stands."""
+    from companion import links as addresses
+
+    if len(arguments.names) != 1:
+        raise ValueError("name one repository: owner/name")
+    changed = addresses.rewrite(Path.cwd(), arguments.names[0])
+    print(f"{len(changed)} files now say {arguments.names[0]}")
+    return 0
+
+
 def _parameters(words: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[tuple[str, str]]]:
     """The other words, and the pairs after -p, which argparse would take for options where they begin with a
     minus.
@@ -136,7 +147,8 @@ def main(words: list[str] | None = None) -> int:
         prog="python -m companion", description="Runs the notebooks and tells what can run here."
     )
     commands = parser.add_subparsers(required=True)
-    for command, name in ((list_notebooks, "list"), (run, "run"), (doctor, "doctor"), (store, "store")):
+    offered = {"list": list_notebooks, "run": run, "doctor": doctor, "store": store, "links": links}
+    for name, command in offered.items():
         sub = commands.add_parser(name, help=command.__doc__.splitlines()[0], description=command.__doc__)
         sub.set_defaults(command=command)
         sub.add_argument(

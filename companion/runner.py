@@ -190,11 +190,11 @@ def _finish(outcome: Outcome, output: Path, before: str, kernel: kernels.Kernel)
 
 def store(notebook: Path, folder: Path) -> str | None:
     """Runs a notebook at its defaults and keeps the outputs in it, stamped with its source's hash and the
-    environment.
+    environment; what it recorded goes into the scoreboard that comes with the package.
 
     Gives the error in a line, and leaves the notebook as it was, if it fails.
     """
-    from companion import stored
+    from companion import scoreboard, stored
     from companion.machine import environment
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,4 +211,7 @@ def store(notebook: Path, folder: Path) -> str | None:
     partial = notebook.with_suffix(".partial")
     nbformat.write(executed.tidy(before), partial)
     os.replace(partial, notebook)
+    recorded = [row for row in scoreboard.read(folder / "results") if row["notebook"] == notebook.stem]
+    if recorded and not jobs.is_last(notebook):
+        scoreboard.keep(notebook.stem, recorded)
     return None

@@ -8,7 +8,6 @@ from pathlib import Path
 from companion import scoreboard, tables
 from companion.measure import Spread, verdict
 
-_STORED = Path(__file__).parent / "stored-results" / "scoreboard.jsonl"
 _ACCURACY = ("accuracy", "validation accuracy")
 _BATCH = re.compile(r"speed-up, batch (\d+)")
 
@@ -155,4 +154,4 @@ def side_by_side(here: Sequence[Entry], there: Sequence[Entry]) -> dict[str, tup
 
 def stored() -> list[dict]:
     """The records of a whole run that come with the package, of the machine that they name."""
-    return read(_STORED)
+    return read(scoreboard.STORED)

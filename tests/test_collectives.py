@@ -83,3 +83,11 @@ def test_the_slowest_ranks_time_counts():
     (first, second) = launch.run(look, 2)
     assert first == second
     assert first[0] == 1.0
+
+
+def test_times_between_measured_sizes():
+    line = collectives.AllReduce(1e-3, 1e9, ((1e4, 1e-3), (1e6, 1e-1)))
+    assert line.between(1e5) == pytest.approx(1e-2), "halfway on logarithmic scales"
+    assert line.between(2e5, calls=2) == pytest.approx(2e-2)
+    assert line.between(1e8) == line.seconds(1e8), "beyond what was measured: the line"
+    assert collectives.AllReduce(1e-3, 1e9).between(1e5) == pytest.approx(1e-3 + 1e-4)

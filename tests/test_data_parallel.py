@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from companion import data_parallel, models, parity
+from companion import data_parallel, measure, models, parity
 from companion.data_parallel import ThreadedDataParallel
 
 
@@ -293,5 +293,14 @@ def test_parts_of_a_step_and_the_prediction():
     assert list(plain) == ["forward", "backward"]
     assert list(threaded) == ["scatter", "replicate", "forward", "gather", "backward"]
     assert all(seconds > 0 for seconds in (*plain.values(), *threaded.values()))
+    models_by_name = {"one": net, "many": wrapped(net)}
+    series = data_parallel.parts_in_turn(models_by_name, x, y, 3)
+    assert {len(seconds) for parts in series.values() for seconds in parts.values()} == {3}
+    assert list(series["many"]) == list(threaded)
+    slow, fast = (
+        {"forward": [2.0, 4.0], "backward": [2.0, 4.0]},
+        {"forward": [1.0, 1.0], "backward": [1.0, 1.0]},
+    )
+    assert data_parallel.gain_in_turn(slow, fast) == measure.Spread(3.0, 2.0, 4.0, 2)
     times = {"scatter": 1.0, "replicate": 2.0, "forward": 99.0, "gather": 3.0, "backward": 99.0}
     assert data_parallel.predicted_step({"forward": 10.0, "backward": 20.0}, times, 2) == 5 + 20 + 6

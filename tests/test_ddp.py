@@ -78,15 +78,19 @@ def test_all_reduces_and_steps_are_timed():
     for row in rows:
         assert (row.world_size, row.calls) == (2, 1)
         assert row.gradient_bytes == 4 * sum(p.numel() for p in models.LeNet5().parameters())
-        assert all(row.times[way].low > 0 for way in ("alone", "share", "ddp"))
+        assert all(row.times[way].low > 0 for way in ("alone", "share", "wrapped", "ddp"))
 
 
 def test_predicted_and_measured_speed_up():
-    times = measure.Times({"alone": [0.4, 0.8], "share": [0.2, 0.4], "ddp": [0.25, 0.5]})
+    ways = {"alone": [0.4, 0.8], "share": [0.2, 0.4], "wrapped": [0.3, 0.5], "ddp": [0.25, 0.5]}
+    times = measure.Times(ways)
     row = ddp.Scaling(64, 2, times, gradient_bytes=10**8, calls=5)
     assert row.speed_up == measure.Spread(1.6, 1.6, 1.6, 2)
     assert row.predicted(collectives.AllReduce(0.0, math.inf)) == pytest.approx(2)
     assert row.predicted(collectives.AllReduce(0.02, 1e9)) == pytest.approx(0.6 / (0.3 + 0.1 + 0.1))
+    # What the wrapper costs, and an all-reduce of 20 MB as it was measured, not as the line says.
+    line = collectives.AllReduce(0.02, 1e9, ((1e6, 0.03), (2e7, 0.06), (1e9, 1.0)))
+    assert row.refined(line) == pytest.approx(0.6 / (0.4 + 5 * 0.06))
 
 
 def test_buckets_are_those_that_ddp_makes():

@@ -469,6 +469,24 @@ def test_doctor_says_what_is_missing_and_why(notebooks, capfd, monkeypatch):
     assert "instruction sets" in printed
 
 
+@pytest.fixture(autouse=True)
+def stored_scoreboard(tmp_path, monkeypatch):
+    """In place of the one that comes with the package."""
+    monkeypatch.setattr(scoreboard, "STORED", tmp_path / "stored" / scoreboard.FILE)
+    (tmp_path / "stored").mkdir()
+    return tmp_path / "stored"
+
+
+def test_store_keeps_what_was_recorded(notebooks, stored_scoreboard):
+    records = "from companion import scoreboard\nfor n in range({}):\n    "
+    records += "scoreboard.record(results_dir, '{}', f'x {{n}}', {{'a': (epochs, 's')}})"
+    for name, rows in (("02_records", 2), ("03_records", 1), ("02_records", 1)):
+        write(notebooks, name, records.format(rows, name))
+        assert call(notebooks, "store", name) == 0
+    found = [(row["notebook"], row["technique"]) for row in scoreboard.read(stored_scoreboard)]
+    assert found == [("02_records", "x 0"), ("03_records", "x 0")]
+
+
 def test_store_keeps_outputs_with_the_hash_of_their_source(notebooks, capfd):
     path = notebooks / "00_works.ipynb"
     assert call(notebooks, "store", "00") == 0

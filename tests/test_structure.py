@@ -102,6 +102,7 @@ ROOF = {
     "batches": ("jobs",),
     "ledger": ("jobs",),
     "report": ("ledger", "scoreboard", "tables"),
+    "links": ("executed", "ledger"),
     "runner": (
         "checks",
         "executed",
@@ -121,6 +122,7 @@ ROOF = {
         "executed",
         "jobs",
         "ledger",
+        "links",
         "machine",
         "ray_runner",
         "runner",
