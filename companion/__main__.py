@@ -1,4 +1,4 @@
-"""Command line: python -m companion list | run | doctor | store | links."""
+"""Command line: python -m companion list | run | doctor | store | links | skips."""
 
 import argparse
 import os
@@ -126,6 +126,16 @@ def links(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def skips(arguments: argparse.Namespace) -> int:
+    """Of a run's folder, in Markdown: what could not run there, and why."""
+    from companion import summary
+
+    if len(arguments.names) != 1:
+        raise ValueError("name one folder of a run, such as results/<time>")
+    print(summary.skipped(summary.read(arguments.names[0])).markdown())
+    return 0
+
+
 def _parameters(words: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[tuple[str, str]]]:
     """The other words, and the pairs after -p, which argparse would take for options where they begin with a
     minus.
@@ -148,6 +158,7 @@ def main(words: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True)
     offered = {"list": list_notebooks, "run": run, "doctor": doctor, "store": store, "links": links}
+    offered["skips"] = skips
     for name, command in offered.items():
         sub = commands.add_parser(name, help=command.__doc__.splitlines()[0], description=command.__doc__)
         sub.set_defaults(command=command)

@@ -142,6 +142,17 @@ def table(found: Sequence[Entry]) -> tables.Table:
     return tables.Table(head, lines)
 
 
+def skipped(rows: Sequence[dict]) -> tables.Table:
+    """What could not run, with the reason; of a run in which nothing was skipped, no line."""
+    prefix = "skipped: "
+    lines = [
+        (row["notebook"], row["technique"], row["status"].removeprefix(prefix))
+        for row in rows
+        if row["status"].startswith(prefix)
+    ]
+    return tables.Table(("notebook", "technique", "not run, because"), lines)
+
+
 def side_by_side(here: Sequence[Entry], there: Sequence[Entry]) -> dict[str, tuple[Spread, Spread]]:
     """Speed-ups of what both machines have measured, by notebook and technique."""
     others = {(entry.notebook, entry.technique): entry.speed_up for entry in there if entry.speed_up}

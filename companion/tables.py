@@ -24,6 +24,12 @@ class Table:
 
     __repr__ = __str__  # what is stored beside the HTML, and compared
 
+    def markdown(self) -> str:
+        """As GitHub shows it, in a job's summary."""
+        lines = [self.head, ("---",) * len(self.head), *self.rows]
+        cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
     def _repr_html_(self) -> str:
         head = [_row("th", self.head)] if self.head else []
         return f"<table>{''.join(head + [_row('td', row) for row in self.rows])}</table>"

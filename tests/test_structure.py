@@ -126,6 +126,7 @@ ROOF = {
         "machine",
         "ray_runner",
         "runner",
+        "summary",
     ),
 }
 LINES = 300

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from companion import __main__ as cli
 from companion import advice, measure, models, scoreboard, summary, summary_figures
 from companion.measure import Spread
 
@@ -71,6 +72,17 @@ def test_predictions_of_speed_are_taken_and_those_of_time_are_not(found):
 def test_what_was_skipped_or_is_no_comparison_is_no_entry(found):
     assert "nn.DataParallel" not in found
     assert "all-reduce, 2 ranks" not in found
+
+
+def test_what_was_skipped_is_listed_with_its_reason(folder, capfd):
+    assert cli.main(["skips", str(folder)]) == 0
+    assert capfd.readouterr().out.splitlines() == [
+        "| notebook | technique | not run, because |",
+        "| --- | --- | --- |",
+        "| 02_data_parallel | nn.DataParallel | needs 2 CUDA devices |",
+    ]
+    assert cli.main(["skips"]) == 2
+    assert "name one folder" in capfd.readouterr().err
 
 
 def test_the_last_record_of_a_technique_counts(folder):
