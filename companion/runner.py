@@ -212,6 +212,6 @@ def store(notebook: Path, folder: Path) -> str | None:
     nbformat.write(executed.tidy(before), partial)
     os.replace(partial, notebook)
     recorded = [row for row in scoreboard.read(folder / "results") if row["notebook"] == notebook.stem]
-    if recorded and not jobs.is_last(notebook):
+    if recorded:
         scoreboard.keep(notebook.stem, recorded)
     return None

@@ -3,6 +3,7 @@ machines.
 """
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -38,6 +39,9 @@ def record(
     """
     if bool(metrics) == bool(skipped):
         raise ValueError(f"record {technique!r} with either metrics or the reason why it was skipped")
+    for name, (value, _) in (metrics or {}).items():
+        if not all(map(math.isfinite, _numbers(value).values())):
+            raise ValueError(f"{name} of {technique!r} is not finite: {value}")
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "notebook": notebook,

@@ -1,6 +1,6 @@
 """Figures of what several notebooks have measured: gains, losses, theory against measurement, machines."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,6 +9,7 @@ from companion.figures import COLOURS, panels_of, styled
 from companion.measure import Spread
 from companion.summary import Entry
 
+TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # of an axis of speed-ups
 LABELLED = 6  # of the points in a panel, the furthest out, that get a number
 
 
@@ -17,25 +18,24 @@ def gains(found: Sequence[Entry]) -> Figure:
     """Speed-up against what it changed of the accuracy, and against the share of the size that is left; a
     colour for each notebook. The best have numbers, which the list explains.
     """
-    drawn, (left, right) = panels_of(2, 11, 4.2)
-    colours = _colours(found)
     accurate = [entry for entry in found if entry.speed_up and entry.points is not None]
     small = [entry for entry in found if entry.speed_up and entry.size is not None]
+    colours = _colours([*accurate, *small])
     named = _furthest(accurate) + [entry for entry in _furthest(small) if entry not in _furthest(accurate)]
+    drawn, (left, right) = panels_of(2, 10, 4.0 + 0.17 * len(named))
     for axis, shown, height in ((left, accurate, "points"), (right, small, "size")):
         for entry in shown:
             y = entry.points if height == "points" else 100 * entry.size
             _point(axis, entry, y, colours[entry.notebook], named)
         axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axis.set(xlabel="speed-up (x)", xscale="log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(axis="x", which="minor", labelsize=7)
+        ticks = [tick for tick in TICKS if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
     left.axhline(0, color="black", linewidth=0.8, linestyle=":")
     left.set(ylabel="change of the accuracy (points)")
     right.set(ylabel="size (% of the plain one)")
-    listed = "\n".join(f"{number}  {str(entry)[:70]}" for number, entry in enumerate(named, 1))
-    right.text(1.04, 1, listed, transform=right.transAxes, va="top", fontsize=8)
+    _list(drawn, map(str, named))
     _legend(drawn, colours)
     return drawn
 
@@ -59,7 +59,7 @@ def predicted(found: Sequence[Entry]) -> Figure:
 @styled
 def machines(pairs: dict[str, tuple[Spread, Spread]], here: str, there: str) -> Figure:
     """The same techniques on two machines: on the diagonal they gain as much on both."""
-    drawn, (axis,) = panels_of(1, 8, 4.8)
+    drawn, (axis,) = panels_of(1, 7, 4.6 + 0.17 * LABELLED)
     far = sorted(pairs, key=lambda name: -abs(pairs[name][0].median / pairs[name][1].median - 1))[:LABELLED]
     for name, (own, other) in pairs.items():
         colour = COLOURS[0] if name in far else COLOURS[6]
@@ -71,9 +71,14 @@ def machines(pairs: dict[str, tuple[Spread, Spread]], here: str, there: str) -> 
         axis.annotate(str(number), (other.median, own.median), (5, 4), textcoords="offset points", fontsize=9)
     _diagonal(axis, [value.median for pair in pairs.values() for value in pair])
     axis.set(xlabel=f"speed-up on: {there}", ylabel=f"speed-up on: {here}")
-    listed = "\n".join(f"{number}  {name[:60]}" for number, name in enumerate(far, 1))
-    axis.text(1.04, 1, listed, transform=axis.transAxes, va="top", fontsize=8)
+    _list(drawn, far)
     return drawn
+
+
+def _list(drawn: Figure, texts: Iterable[str]) -> None:
+    """What the numbers mean, below the panels."""
+    listed = "\n".join(f"{number}  {text}" for number, text in enumerate(texts, 1))
+    drawn.supxlabel(listed, x=0.02, ha="left", fontsize=8.5)
 
 
 def _colours(found: Sequence[Entry]) -> dict[str, str]:

@@ -74,7 +74,7 @@ def test_rows_that_say_nothing_are_refused(tmp_path):
         scoreboard.record(tmp_path, "00", "x")
     with pytest.raises(ValueError, match="either metrics or the reason"):
         scoreboard.record(tmp_path, "00", "x", {"a": (1, "s")}, skipped="why")
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(ValueError, match="is not finite"):
         scoreboard.record(tmp_path, "00", "x", {"a": (float("nan"), "s")})
     assert scoreboard.read(tmp_path) == []
 

@@ -112,6 +112,7 @@ ROOF = {
         "ledger",
         "machine",
         "report",
+        "scoreboard",
         "stored",
     ),
     "ray_runner": ("checks", "jobs", "ledger", "ray_session", "runner", "scoreboard"),
