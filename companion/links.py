@@ -24,12 +24,14 @@ def rewrite(root: Path, repository: str) -> list[Path]:
 
     Raises ValueError for what is no "owner/name".
     """
+    before, changed = current(root), []
+    if repository == before:
+        return []
     if not _REPOSITORY.fullmatch(repository):
         raise ValueError(f"{repository!r} is no repository: write owner/name")
-    before, changed = current(root), []
     for path in [path for pattern in FILES for path in sorted(root.glob(pattern))]:
         text = path.read_text(encoding="utf-8")
-        if before not in text or before == repository:
+        if before not in text:
             continue
         if path.suffix == ".ipynb":
             _rewrite_notebook(path, before, repository)

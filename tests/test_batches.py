@@ -105,9 +105,9 @@ def test_a_kernel_that_is_killed_says_by_what_and_keeps_its_log(notebooks, tmp_p
         jobs.plan([notebooks / "01_dies.ipynb"], {}, {}), tmp_path / "out", progress=False
     )
     assert "SIGKILL, as the system does where memory is short" in outcome.error
-    assert outcome.cell == 3
+    assert outcome.cell == 4, "after a heading, parameters, and injected parameters"
     page = (tmp_path / "out" / ledger.REPORT).read_text()
-    assert "failed in cell 3: DeadKernelError" in page
+    assert "failed in cell 4: DeadKernelError" in page
 
 
 def test_a_run_goes_on_with_what_has_not_passed(notebooks, tmp_path, capfd):
