@@ -1,5 +1,6 @@
 """Temporary folders that go with the process that made them, however it ends."""
 
+import atexit
 import multiprocessing
 import subprocess
 import sys
@@ -29,4 +30,11 @@ def own() -> str:
         # In a session of its own: Ctrl-C is not for it.
         command = [sys.executable, "-I", "-S", "-c", _AFTERWARDS, place]
         _watched[place] = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        atexit.register(_ended, _watched[place])
     return place
+
+
+def _ended(watcher: subprocess.Popen) -> None:
+    """At an orderly end: the watcher does its work, and is waited for."""
+    watcher.stdin.close()
+    watcher.wait()
