@@ -1,6 +1,5 @@
 """Temporary folders that go with the process that made them, however it ends."""
 
-import atexit
 import multiprocessing
 import subprocess
 import sys
@@ -30,7 +29,8 @@ def own() -> str:
         # In a session of its own: Ctrl-C is not for it.
         command = [sys.executable, "-I", "-S", "-c", _AFTERWARDS, place]
         _watched[place] = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        atexit.register(_ended, _watched[place])
+        # After multiprocessing has removed the folder by itself, whose finalizer has priority -100.
+        util.Finalize(None, _ended, args=(_watched[place],), exitpriority=-200)
     return place
 
 

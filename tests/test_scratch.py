@@ -40,7 +40,9 @@ def test_nothing_is_left_however_the_process_ends(ending, tmp_path, monkeypatch)
     assert place.startswith(str(tmp_path)), process.stderr.read().decode()
     if ending != "returns":
         process.send_signal(ending)
-    process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)
+    if ending == "returns":
+        assert said == b"", "two removed the same folder"
     end = time.monotonic() + 20
     while list((tmp_path / "t").iterdir()) and time.monotonic() < end:
         time.sleep(0.02)
