@@ -112,14 +112,15 @@ class Watch:
         here.
 
         Others may use cores that this process may not; of those that it may, they took half a one or more. A
-        rank says nothing: its fellows are none of its children.
+        rank that has fellows says nothing: they are none of its children.
         """
         seconds = time.monotonic() - self.start
         others = (_machine_seconds() - self.all - (cpu_seconds(os.getpid()) - self.own)) / max(seconds, 1e-9)
         spare = (os.cpu_count() or 1) - usable_cores()
         if again:
             self._begin()
-        unsure = "LOCAL_RANK" in os.environ or not self.sure
+        fellows = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1"
+        unsure = fellows or not self.sure
         if unsure or seconds < SHORT_SECONDS or others < spare + BUSY_CORES:
             return None
         return f"other processes took {others - spare:.1f} of {usable_cores()} cores"

@@ -114,12 +114,14 @@ def test_time_of_children_is_ones_own(python):
     assert host.cpu_seconds(2**22 + 1) == 0
 
 
-def test_in_a_rank_nobody_is_suspected(clocks, monkeypatch):
+@pytest.mark.parametrize(("ranks", "suspected"), [("2", False), ("1", True)])
+def test_a_rank_suspects_nobody_where_it_has_fellows(clocks, monkeypatch, ranks, suspected):
     watch = host.Watch()
     watch.start -= 10
     clocks.update(machine=30.0, own=0.0)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert watch.busy() is None
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert bool(watch.busy()) == suspected
 
 
 def test_where_children_end_without_being_waited_for_nobody_is_suspected(clocks):
