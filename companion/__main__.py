@@ -208,7 +208,7 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"--time-limit {arguments.time_limit:g} must be above 0")
     try:
         return arguments.command(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

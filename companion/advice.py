@@ -16,13 +16,16 @@ KINDS = {
     "attention": (nn.MultiheadAttention,),
     "linear": (nn.Linear,),
 }
+WORTH = 1.2  # a speed-up by two ranks for which it is worth to start them
+FULL = 0.5  # share of the memory from which activations may find no room
 COPIES = 4  # of the weights in a training with Adam: themselves, gradients, and two of the optimizer
 
 
 @dataclass(frozen=True)
 class Facts:
     """What rules ask of a model: bytes of its weights, the kind of layer that has most of them, MACs of a
-    sample, seconds of a training step by batch size, and the bytes of the device's memory.
+    sample, seconds of a training step by batch size (half of the batch with half of the cores, as each of two
+    ranks would have it), and the bytes of the device's memory.
     """
 
     weight_bytes: int
@@ -40,8 +43,8 @@ def facts(
     device: torch.device | str = "cpu",
     rounds: int = 5,
 ) -> Facts:
-    """Measures the model that `make` gives, on random images of `shape` `[C, H, W]`, at `batch_size` and at
-    half of it.
+    """Measures the model that `make` gives on random images of `shape` `[C, H, W]`: the whole batch, and half
+    of it as each of two ranks would do it. On a CPU these share the cores, and a single core takes turns.
 
     Raises ValueError for a batch of one, which cannot be shared.
     """
@@ -51,12 +54,19 @@ def facts(
     model = make().to(device)
     images = torch.randn(batch_size, *shape, device=device)
     labels = torch.arange(batch_size, device=device) % classes
-    macs = measure.macs(model, images[:1])
-    steps = {}
-    for size in (batch_size // 2, batch_size):
+    macs, cores, on_gpu = measure.macs(model, images[:1]), torch.get_num_threads(), device.type == "cuda"
+
+    def timed(size: int, threads: int) -> Spread:
         step = training.stepper(model, images[:size], labels[:size])
-        steps[size] = measure.compare({"step": step}, device, rounds)["step"]
-    on_gpu = device.type == "cuda"
+        devices.set_threads(threads)
+        try:
+            return measure.compare({"step": step}, device, rounds)["step"]
+        finally:
+            devices.set_threads(cores)
+
+    half = timed(batch_size // 2, cores if on_gpu else max(1, cores // 2))
+    turns = 2 if not on_gpu and cores == 1 else 1
+    steps = {batch_size // 2: half.scaled(turns), batch_size: timed(batch_size, cores)}
     there = torch.cuda.get_device_properties(device).total_memory if on_gpu else host.usable_memory_bytes()
     return Facts(memory.model_bytes(model), _kind(model), macs, steps, there)
 
@@ -152,7 +162,7 @@ def _ranks(found, rows, model: Facts, budget_points: float) -> Advice:
         f"two ranks would make a step of {size} images {gain:.2f} times as fast: the all-reduce takes "
         f"{1e3 * sending:.1f} ms beside {1e3 * half:.1f} ms of computing"
     )
-    text += ": use DDP" if gain > 1.2 else ": grow the batch first, or stay with one"
+    text += ": use DDP" if gain > WORTH else ": grow the batch first, or stay with one"
     measured = [str(entry) for entry in _of(found, "03")[:3]]
     latency, rate = metrics["latency"]["value"], metrics["rate"]["value"]
     cite = f"[03] all-reduce of {ranks} ranks: {latency:.0f} us, {rate:.2f} GB/s"
@@ -166,7 +176,7 @@ def _memory(found, rows, model: Facts, budget_points: float) -> Advice:
         f"weights, gradients and Adam's state take {wanted / 2**20:,.0f} MiB, {share:.1%} of the memory, "
         "without activations: "
     )
-    text += "cut or shard the model (notebooks 04 and 05)" if share > 0.5 else "no need to cut it"
+    text += "cut or shard the model (notebooks 04 and 05)" if share > FULL else "no need to cut it"
     return Advice("memory", text, tuple(map(str, sharded[:3])))
 
 
@@ -185,8 +195,8 @@ def _inference(found, rows, model: Facts, budget_points: float) -> Advice:
         "nothing was faster: keep float32",
         "nothing was faster beyond its spread: keep float32",
     )
-    hint = {"recurrent": "dynamic int8", "linear": "dynamic int8", "attention": "dynamic int8"}
-    text += f" (most of your weights are {model.kind}: try {hint.get(model.kind, 'static int8')} too)"
+    hint = "static" if model.kind == "convolutional" else "dynamic"
+    text += f" (most of your weights are {model.kind}: try {hint} int8 too)"
     return Advice("inference", text, tuple(map(str, best)))
 
 

@@ -284,7 +284,7 @@ def bars(columns: dict[str, dict[str, float | Spread]], log: Sequence[str] = ())
                     fontsize=9,
                 )
         if all(isinstance(value, int) for value in values.values()):
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(max(2, 10 // len(columns)), integer=True))
         axis.set(xlabel=title, yticks=places, yticklabels=rows if axis is panels[0] else [])
         axis.margins(x=0.3)
         axis.set_ylim(len(rows) - 0.5, -0.5)

@@ -4,7 +4,6 @@ A task gets the notebook's text and gives back its files: machines need no commo
 package and what the notebooks use.
 """
 
-import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -30,16 +29,15 @@ def run(
     at once as have `cores` each (one, unless given); otherwise as `runner.run` does. A notebook that reads
     what others record finds nothing of theirs, since each task has a folder of its own.
 
-    Raises ValueError before anything starts for a folder that cannot be written to, RuntimeError where Ray is
-    not installed or no cluster answers.
+    Raises ValueError before anything starts for a folder that cannot be written to, ImportError where Ray is
+    not installed, ConnectionError where no cluster answers.
     """
     folder = folder.absolute()
     checks.folder("output", folder)
-    there = ray_session.start() if address == LOCAL else ray_session.join(address)
-    each = cores or 1
-    if each > (there or {}).get("CPU", each):
-        raise ValueError(f"cores={each}: the cluster has {there['CPU']:g} in all")
+    there, each = ray_session.start() if address == LOCAL else ray_session.join(address), cores or 1
     try:
+        if each > there.get("CPU", 0):
+            raise ValueError(f"cores={each}: the cluster has {there.get('CPU', 0):g} in all")
         for wave in runner.waves(wanted):
             yield from runner.kept(_futures(wave, folder, cell_seconds, time_limit, each), folder)
     finally:
@@ -66,16 +64,14 @@ def _wait(future: Future, reference: object, job: Job, folder: Path) -> None:
     ray = ray_session.imported()
     try:
         told, files = ray.get(reference)
-    except Exception as error:  # the machine or the task has died: a row like any other failure
+        for name, content in files.items():
+            with (folder / name).open("ab" if name == scoreboard.FILE else "wb") as file:
+                file.write(content)
+        outcome = Outcome(job, *told)
+    except Exception as error:  # the machine or the task has died, or the disk is full: a row like any other
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        future.set_result(Outcome(job, f"{type(error).__name__}: {reason}", 0.0, 0.0))
-        return
-    for name, content in files.items():
-        path = folder / name
-        mode = "ab" if name == scoreboard.FILE else "wb"
-        with path.open(mode) as file:
-            file.write(content)
-    future.set_result(Outcome(job, *told))
+        outcome = Outcome(job, f"{type(error).__name__}: {reason}", 0.0, 0.0)
+    future.set_result(outcome)
 
 
 def _task(
@@ -99,5 +95,4 @@ def _task(
         job = Job(given, parameters, name)
         ended = runner.execute(job, folder, cell_seconds, False, variables, also, time_limit)
         told = (ended.error, ended.seconds, ended.cpu_seconds, ended.cell, ended.of)
-        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-        return told, {os.path.basename(file): content for file, content in files.items()}
+        return told, {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}

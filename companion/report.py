@@ -4,6 +4,7 @@ results.
 
 import base64
 import csv
+import functools
 import html
 import io
 from collections.abc import Sequence
@@ -72,9 +73,11 @@ def _line(outcome: Outcome, varied: list[str], folder: Path) -> tuple[str, ...]:
     name = html.escape(outcome.job.name)
     executed = folder / f"{outcome.job.name}.ipynb"
     links = tables.Html(f"<a href='{name}.html'>{name}</a> (<a href='{name}.ipynb'>ipynb</a>)")
+    changed = executed.stat().st_mtime_ns if executed.exists() else 0
+    slowest, thumbnails = _shown(executed, changed)
     values = [str(outcome.job.parameters.get(parameter, "default")) for parameter in varied]
     took = f"{outcome.seconds:.0f} s", f"{outcome.cpu_seconds:.0f} s"
-    return links, *values, *took, _slowest(executed), _ended(outcome, folder), _thumbnails(executed, folder)
+    return links, *values, *took, slowest, _ended(outcome, folder), thumbnails
 
 
 def _ended(outcome: Outcome, folder: Path) -> str:
@@ -87,11 +90,17 @@ def _ended(outcome: Outcome, folder: Path) -> str:
     return tables.Html(said + there)
 
 
-def _slowest(executed: Path, count: int = 3) -> str:
-    """The executed notebook's slowest cells: their numbers in it, and their seconds."""
+@functools.cache
+def _shown(executed: Path, changed: int) -> tuple[str, str]:
+    """An executed notebook's slowest cells and its figures; read once for each time that it has `changed`."""
+    cells = _cells(executed)
+    return _slowest(cells), _thumbnails(cells, executed)
+
+
+def _slowest(cells: list[nbformat.NotebookNode], count: int = 3) -> str:
+    """The slowest cells: their numbers in the notebook, and their seconds."""
     seconds = {
-        cell.get("execution_count"): cell.metadata.get("companion", {}).get("seconds", 0)
-        for cell in _cells(executed)
+        cell.get("execution_count"): cell.metadata.get("companion", {}).get("seconds", 0) for cell in cells
     }
     longest = sorted((name for name in seconds if name), key=seconds.get, reverse=True)[:count]
     return ", ".join(f"[{number}] {seconds[number]:.0f} s" for number in longest)
@@ -105,18 +114,18 @@ def _cells(executed: Path) -> list[nbformat.NotebookNode]:
         return []
 
 
-def _thumbnails(executed: Path, folder: Path) -> str:
-    """Its last figures, which a click opens; they are files beside the page."""
+def _thumbnails(cells: list[nbformat.NotebookNode], executed: Path) -> str:
+    """The last figures, which a click opens; they are files beside the page."""
     pictures = [
         output["data"]["image/png"]
-        for cell in _cells(executed)
+        for cell in cells
         for output in cell.get("outputs", [])
         if "image/png" in output.get("data", {})
     ]
     links = []
-    (folder / FIGURES).mkdir(exist_ok=True)
     for number, picture in enumerate(pictures[-THUMBNAILS:], 1):
-        path = folder / FIGURES / f"{executed.stem}-{number}.png"
+        path = executed.parent / FIGURES / f"{executed.stem}-{number}.png"
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(base64.b64decode(picture))
         name = f"{FIGURES}/{html.escape(path.name)}"
         alt = f"figure {number} of {html.escape(executed.stem)}"

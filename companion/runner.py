@@ -68,8 +68,8 @@ def run(
 
 def waves(wanted: list[Job]) -> list[list[Job]]:
     """The jobs, those apart that read what others record, and so run after them."""
-    last = [job for job in wanted if jobs.is_last(job.notebook)]
-    return [[job for job in wanted if job not in last], last]
+    last = {notebook for notebook in {job.notebook for job in wanted} if jobs.is_last(notebook)}
+    return [[job for job in wanted if (job.notebook in last) == late] for late in (False, True)]
 
 
 def kept(futures: Iterator, folder: Path) -> Iterator[Outcome]:
@@ -117,7 +117,7 @@ def execute(
         error = _line(failure)
     if kernel.overdue:
         error = f"TimeoutError: the notebook took longer than {time_limit:g} s"
-    elif error and (death := kernel.death()):
+    elif (error or "").startswith("DeadKernelError") and (death := kernel.death()):
         error = f"{error}: {death}"
     cell = kernel.running if error else None
     took = time.perf_counter() - start, kernel.most_cpu_seconds
@@ -208,9 +208,7 @@ def store(notebook: Path, folder: Path) -> str | None:
     before.metadata.setdefault("companion", {}).update(
         {"source_sha256": executed.source_hash(before), "environment": environment()}
     )
-    partial = notebook.with_suffix(".partial")
-    nbformat.write(executed.tidy(before), partial)
-    os.replace(partial, notebook)
+    ledger.replaced(notebook, nbformat.writes(executed.tidy(before)) + "\n")
     recorded = [row for row in scoreboard.read(folder / "results") if row["notebook"] == notebook.stem]
     if recorded:
         scoreboard.keep(notebook.stem, recorded)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from companion import host, kernels, machine, tables
+from companion import host, kernels, ledger, machine, tables
 from companion.measure import Spread
 
 FILE = "scoreboard.jsonl"
@@ -87,9 +87,7 @@ def keep(notebook: str, rows: list[dict]) -> None:
     """Puts a notebook's rows into the scoreboard that comes with the package, in place of its former ones."""
     others = [row for row in read(STORED.parent) if row["notebook"] != notebook]
     kept = sorted([*others, *rows], key=lambda row: row["notebook"])
-    part = STORED.with_suffix(".part")
-    part.write_text("".join(json.dumps(row | {"job": ""}) + "\n" for row in kept), encoding="utf-8")
-    os.replace(part, STORED)
+    ledger.replaced(STORED, "".join(json.dumps(row | {"job": ""}) + "\n" for row in kept))
 
 
 def _numbers(value: float | Spread) -> dict[str, float]:

@@ -73,7 +73,10 @@ def _damaged(folder: Path) -> list[str]:
     """The files that are not as they were written; each rank looks at its share of them."""
     together = dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    sums = json.loads((folder / WHOLE).read_text())
+    try:
+        sums = json.loads((folder / WHOLE).read_text())
+    except ValueError:  # on all ranks alike
+        return [WHOLE]
     mine = sorted(sums)[rank::ranks]
     wrong = [name for name in mine if not (folder / name).is_file() or _checksum(folder / name) != sums[name]]
     if not together:

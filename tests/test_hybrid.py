@@ -214,6 +214,7 @@ def _flip(path: Path, place: int) -> None:
         ("__3_0.distcp", lambda path: path.write_bytes(path.read_bytes()[:-4096] + bytes(4096))),
         ("__2_0.distcp", lambda path: path.unlink()),
         (".metadata", lambda path: _flip(path, 40)),
+        ("checksums.json", lambda path: path.write_bytes(path.read_bytes()[:-1])),
     ],
 )
 @pytest.mark.parametrize("ranks", [1, 2])

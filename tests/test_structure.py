@@ -94,13 +94,13 @@ TECHNIQUES = {
 ROOF = {
     "kernels": ("host",),
     "executed": ("kernels",),
-    "scoreboard": ("host", "kernels", "machine", "measure", "tables"),
+    "jobs": (),
+    "ledger": ("jobs",),
+    "scoreboard": ("host", "kernels", "ledger", "machine", "measure", "tables"),
     "summary": ("measure", "scoreboard", "tables"),
     "summary_figures": ("figures", "measure", "summary"),
     "advice": ("devices", "host", "measure", "memory", "summary", "tables", "training"),
-    "jobs": (),
     "batches": ("jobs",),
-    "ledger": ("jobs",),
     "report": ("ledger", "scoreboard", "tables"),
     "links": ("executed", "ledger"),
     "runner": (
