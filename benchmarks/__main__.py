@@ -20,6 +20,7 @@ NAMES = (
     "ray_tune",
     "quantization",
     "pruning",
+    "fastest",
 )
 
 

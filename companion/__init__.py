@@ -4,6 +4,7 @@ import importlib
 
 MODULES = (
     "advice",
+    "artefacts",
     "batches",
     "checkpoint",
     "checks",
@@ -18,6 +19,10 @@ MODULES = (
     "diagrams",
     "dispatch",
     "executed",
+    "fastest",
+    "fastest_command",
+    "fastest_found",
+    "fastest_rounds",
     "figures",
     "fusing",
     "host",
@@ -84,6 +89,7 @@ MODULES = (
     "tracing",
     "tradeoffs",
     "training",
+    "variants",
     "xla_counts",
     "xla_diagnosis",
 )

@@ -1,4 +1,4 @@
-"""Command line: python -m companion list | run | doctor | store | links | skips."""
+"""Command line: python -m companion list | run | doctor | store | links | skips | fastest."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from companion import batches, checks, executed, jobs, ledger, runner
+from companion import batches, checks, executed, fastest_command, jobs, ledger, runner
 
 
 def _headline(notebook: Path) -> tuple[str, dict]:
@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     for outcome in _outcomes(arguments, wanted, folder):
         failed += outcome.error is not None
         print(
-            f"{outcome.job.name:40} {outcome.seconds:6.0f} s {outcome.cpu_seconds:6.0f} CPU-s  "
+            f"{outcome.job.name:40} {outcome.seconds:6.0f} s {outcome.cpu_seconds:6.0f} CPU-s "
+            f"{outcome.memory_bytes / 2**30:5.1f} GiB  "
             f"{'failed: ' + outcome.error if outcome.error else 'passed'}",
             flush=True,
         )
@@ -197,6 +198,7 @@ def main(words: list[str] | None = None) -> int:
                 metavar="ADDRESS",
                 help="each run a task of this Ray cluster, or of a local one: local",
             )
+    fastest_command.add(commands)
     words, given = _parameters(sys.argv[1:] if words is None else words, parser)
     arguments = parser.parse_args(words)
     if given and arguments.command is not run:

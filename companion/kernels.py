@@ -1,5 +1,5 @@
-"""A notebook's kernel: what it gets from its environment, and the time that it and all its children take,
-cell by cell.
+"""A notebook's kernel: what it gets from its environment, the time that it and all its children take, cell by
+cell, and their memory.
 """
 
 import os
@@ -15,6 +15,7 @@ import psutil
 
 from companion import host
 
+SAMPLE_SECONDS = 1.0
 JOB = "COMPANION_JOB"  # the environment variable that names the run's job to what records in it
 
 
@@ -37,6 +38,7 @@ class Kernel:
     cells: dict[int, Spent] = field(default_factory=dict)
     pid: int = 0
     most_cpu_seconds: float = 0.0
+    most_bytes: int = 0  # of memory, as often as SAMPLE_SECONDS looks
     running: int | None = None  # the cell that has begun and not ended, counted from 0
     overdue: bool = False  # whether it was killed because its time was over
     _manager_of: object = None
@@ -78,6 +80,24 @@ class Kernel:
             yield
         finally:
             timer.cancel()
+
+    @contextmanager
+    def weighed(self) -> Iterator[None]:
+        """Notes the most memory that the kernel and all its children take, looking now and then."""
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(SAMPLE_SECONDS):
+                if self.pid:
+                    self.most_bytes = max(self.most_bytes, host.memory_bytes(self.pid))
+
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        try:
+            yield
+        finally:
+            done.set()
+            looking.join()
 
     def _kill(self) -> None:
         self.overdue = True

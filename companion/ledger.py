@@ -14,7 +14,8 @@ PLAN, DONE, REPORT = "plan.json", "outcomes.jsonl", "index.html"
 @dataclass(frozen=True)
 class Outcome:
     """How a job ended: the error in a line if it failed, and the number of the cell where it did; seconds it
-    took, CPU-seconds of the kernel and all its children; what the notebook was when it ran.
+    took, CPU-seconds of the kernel and all its children; what the notebook was when it ran; the most memory
+    that they took.
     """
 
     job: Job
@@ -23,6 +24,7 @@ class Outcome:
     cpu_seconds: float
     cell: int | None = None
     of: str = ""
+    memory_bytes: int = 0
 
 
 def replaced(path: Path, text: str) -> None:
@@ -55,6 +57,7 @@ def add(folder: Path, outcome: Outcome) -> None:
         "cpu_seconds": round(outcome.cpu_seconds, 2),
         "cell": outcome.cell,
         "of": outcome.of,
+        "memory_bytes": outcome.memory_bytes,
     }
     descriptor = os.open(folder / DONE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -75,7 +78,7 @@ def read(folder: Path) -> list[Outcome]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        took = {name: row[name] for name in ("error", "seconds", "cpu_seconds", "cell", "of")}
+        took = {name: row[name] for name in ("error", "seconds", "cpu_seconds", "cell", "of", "memory_bytes")}
         found.pop(row["name"], None)
         found[row["name"]] = Outcome(job=Job(Path(row["notebook"]), row["parameters"], row["name"]), **took)
     return list(found.values())

@@ -95,7 +95,9 @@ class In(nn.Module):
         self.model, self.dtype, self.layout = model.to(memory_format=layout), dtype, layout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x.to(self.dtype, memory_format=self.layout)).float()
+        if x.is_floating_point():  # token numbers stay what they are
+            x = x.to(self.dtype, memory_format=self.layout)
+        return self.model(x).float()
 
 
 class Scripted(nn.Module):

@@ -65,17 +65,25 @@ def onnx_runtime(model: nn.Module, calibration: Sequence[torch.Tensor], *, int8:
     `calibration` are batches of inputs, of two samples at least. Raises QuantizationError for a model that
     cannot be exported, ImportError without onnx and onnxruntime.
     """
-    runtime = _needed("onnxruntime")
+    _needed("onnxruntime")
     with tempfile.TemporaryDirectory() as folder:
-        path = _exported(model, calibration[0], Path(folder))
-        if int8:
-            path = _with_integers(path, calibration)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-        options.log_severity_level = 3  # errors only
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        size = path.stat().st_size
-    return Runtime(lambda x: session.run(None, {"x": x})[0], size)
+        return onnx_session(onnx_file(model, calibration, Path(folder), int8=int8), torch.get_num_threads())
+
+
+def onnx_file(model: nn.Module, calibration: Sequence[torch.Tensor], folder: Path, *, int8: bool) -> Path:
+    """Writes the model as a file for ONNX Runtime into the folder. Raises as `onnx_runtime` does."""
+    path = _exported(model, calibration[0], folder)
+    return _with_integers(path, calibration) if int8 else path
+
+
+def onnx_session(path: Path, threads: int) -> Runtime:
+    """A file of `onnx_file` in ONNX Runtime, on so many threads."""
+    runtime = _needed("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors only
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Runtime(lambda x: session.run(None, {"x": x})[0], path.stat().st_size)
 
 
 def _exported(model: nn.Module, batch: torch.Tensor, folder: Path) -> Path:
@@ -134,8 +142,22 @@ def openvino(model: nn.Module, calibration: Sequence[torch.Tensor], *, int8: boo
     `calibration` are batches of inputs. Raises QuantizationError for a model that cannot be converted,
     ImportError without openvino (and for int8 without nncf). Neither sends statistics of its use.
     """
+    _openvino()
+    with tempfile.TemporaryDirectory() as folder:
+        path = openvino_file(model, calibration, Path(folder), int8=int8)
+        return openvino_request(path, torch.get_num_threads())
+
+
+def _openvino() -> ModuleType:
     sys.modules.setdefault("openvino_telemetry", None)  # as if it were not there: nothing is sent to anybody
-    ov = _needed("openvino")
+    return _needed("openvino")
+
+
+def openvino_file(model: nn.Module, calibration: Sequence[torch.Tensor], folder: Path, *, int8: bool) -> Path:
+    """Writes the model as two files for OpenVINO into the folder; gives the first. Raises as `openvino`
+    does.
+    """
+    ov = _openvino()
     model, example = copy.deepcopy(model).eval(), calibration[0]
     try:
         with _quiet():
@@ -150,14 +172,21 @@ def openvino(model: nn.Module, calibration: Sequence[torch.Tensor], *, int8: boo
         samples = [x[None].numpy() for batch in calibration for x in batch][:_CALIBRATED]
         with _quiet():
             graph = nncf.quantize(graph, nncf.Dataset(samples), subset_size=len(samples))
+    path = folder / "model.xml"
+    ov.save_model(graph, path, compress_to_fp16=False)
+    return path
+
+
+def openvino_request(path: Path, threads: int, precision: str = "f32") -> Runtime:
+    """A file of `openvino_file` in OpenVINO, on so many threads; `precision`: "f32", or "bf16" for what is
+    not int8.
+    """
     settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
     }
-    request = ov.Core().compile_model(graph, "CPU", settings).create_infer_request()
-    with tempfile.TemporaryDirectory() as folder:
-        ov.save_model(graph, f"{folder}/model.xml", compress_to_fp16=False)
-        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+    request = _openvino().Core().compile_model(path, "CPU", settings).create_infer_request()
+    size = sum(each.stat().st_size for each in (path, path.with_suffix(".bin")))
     return Runtime(lambda x: request.infer([x])[0].copy(), size)

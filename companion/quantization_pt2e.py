@@ -94,6 +94,14 @@ def _as_it_is(graph: fx.GraphModule, mode: bool = True) -> fx.GraphModule:
 
 
 def _graph(model: nn.Module, batch: torch.Tensor) -> fx.GraphModule:
+    return program(model, batch).module()
+
+
+def program(model: nn.Module, batch: torch.Tensor) -> torch.export.ExportedProgram:
+    """The model as torch.export has it, for any batch size; `batch` `[N, ...]` has two samples at least.
+
+    Raises QuantizationError for a model that torch.export cannot follow.
+    """
     sizes = ({0: torch.export.Dim("batch", min=1, max=2**16)},)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(
@@ -102,7 +110,7 @@ def _graph(model: nn.Module, batch: torch.Tensor) -> fx.GraphModule:
     try:
         # Guards in C++ would need a compiler, and torch in a path without a space.
         with torch._dynamo.config.patch(enable_cpp_symbolic_shape_guards=False):
-            return torch.export.export(model, (batch,), dynamic_shapes=sizes, strict=True).module()
+            return torch.export.export(model, (batch,), dynamic_shapes=sizes, strict=True)
     except Exception as error:  # whatever torch.export has to say of the model
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise QuantizationError(f"torch.export cannot follow {type(model).__name__}: {said}") from error
@@ -127,10 +135,10 @@ class Compiled(nn.Module):
     given.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, mode: str = "default"):
         super().__init__()
         self.model, self.known = model, set()
-        self.call = torch.compile(model)
+        self.call = torch.compile(model, mode=mode)
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -94,5 +94,5 @@ def _task(
         also = {"results_dir": "."}
         job = Job(given, parameters, name)
         ended = runner.execute(job, folder, cell_seconds, False, variables, also, time_limit)
-        told = (ended.error, ended.seconds, ended.cpu_seconds, ended.cell, ended.of)
+        told = (ended.error, ended.seconds, ended.cpu_seconds, ended.cell, ended.of, ended.memory_bytes)
         return told, {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}

@@ -43,7 +43,7 @@ def write(folder: Path) -> None:
 def page(outcomes: Sequence[Outcome], rows: list[dict], folder: Path) -> str:
     """A page that lists the outcomes, with figures and links to the notebooks, and what was measured."""
     varied = differing(outcomes)
-    head = ("notebook", *varied, "time", "CPU time", "slowest cells", "outcome", "figures")
+    head = ("notebook", *varied, "time", "CPU time", "memory (GiB)", "slowest cells", "outcome", "figures")
     lines = [_line(outcome, varied, folder) for outcome in outcomes]
     failed = sum(outcome.error is not None for outcome in outcomes)
     busy = sum(bool(row.get("busy")) for row in rows)
@@ -76,7 +76,7 @@ def _line(outcome: Outcome, varied: list[str], folder: Path) -> tuple[str, ...]:
     changed = executed.stat().st_mtime_ns if executed.exists() else 0
     slowest, thumbnails = _shown(executed, changed)
     values = [str(outcome.job.parameters.get(parameter, "default")) for parameter in varied]
-    took = f"{outcome.seconds:.0f} s", f"{outcome.cpu_seconds:.0f} s"
+    took = f"{outcome.seconds:.0f} s", f"{outcome.cpu_seconds:.0f} s", f"{outcome.memory_bytes / 2**30:.1f}"
     return links, *values, *took, slowest, _ended(outcome, folder), thumbnails
 
 
@@ -152,11 +152,12 @@ def results(outcomes: Sequence[Outcome], rows: Sequence[dict]) -> str:
     )
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(("job", *varied, "outcome", "seconds", "cpu_seconds", *measured, "busy"))
+    lines.writerow(("job", *varied, "outcome", "seconds", "cpu_seconds", "memory_bytes", *measured, "busy"))
     for outcome in outcomes:
         job = outcome.job
         values = [job.parameters.get(name, "") for name in varied]
-        about = [job.name, *values, outcome.error or "passed", outcome.seconds, outcome.cpu_seconds]
+        about = [job.name, *values, outcome.error or "passed", outcome.seconds]
+        about += [outcome.cpu_seconds, outcome.memory_bytes]
         own = [row for row in rows if row.get("job") == job.name]
         for numbers in [line for row in own for line in _numbers(row)] or [("",) * (len(measured) + 1)]:
             lines.writerow([*about, *numbers])

@@ -111,7 +111,7 @@ def execute(
         source = jobs.read(job.notebook)
         known, before = jobs.parameters(job.notebook), executed.fingerprint(source)
         extra = {name: value for name, value in (also or {}).items() if name in known}
-        with kernel.limited(time_limit):
+        with kernel.limited(time_limit), kernel.weighed():
             error = _through_papermill(job, extra, output, cell_seconds, bar, kernel)
     except (ValueError, OSError) as failure:
         error = _line(failure)
@@ -121,7 +121,7 @@ def execute(
         error = f"{error}: {death}"
     cell = kernel.running if error else None
     took = time.perf_counter() - start, kernel.most_cpu_seconds
-    outcome = Outcome(job, error, *took, None if cell is None else cell + 1, before or "")
+    outcome = Outcome(job, error, *took, None if cell is None else cell + 1, before or "", kernel.most_bytes)
     with suppress(OSError):
         if not kernel.log.stat().st_size:
             kernel.log.unlink()
@@ -183,6 +183,7 @@ def _finish(outcome: Outcome, output: Path, before: str, kernel: kernels.Kernel)
     changed = {name: value for name, value in outcome.job.parameters.items() if name != "results_dir"}
     about = {"of": before, "error": outcome.error, "parameters": changed}
     about |= {"seconds": round(outcome.seconds, 2), "cpu_seconds": round(outcome.cpu_seconds, 2)}
+    about["memory_bytes"] = outcome.memory_bytes
     executed.note(notebook, about, kernel.cells)
     nbformat.write(notebook, output)
     output.with_suffix(".html").write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")

@@ -10,6 +10,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks import (
     data_parallel,
     ddp_speed_up,
+    fastest,
     hybrid,
     import_time,
     launch,
@@ -77,6 +78,9 @@ def _small(monkeypatch):
     smaller = {"TRIALS": 2, "EPOCHS": 2, "IMAGES": 128, "OVERHEAD_TRIALS": (1, 2), "SETTINGS": [(1, 2)]}
     for constant, value in smaller.items():
         monkeypatch.setattr(ray_tune, constant, value)
+    smaller = {"CASES": {"LeNet5": (quantization.models.LeNet5, (3, 32, 32), (1,))}, "THREADS": (1,)}
+    for constant, value in {**smaller, "NAMES": ["script"], "ROUNDS": 3}.items():
+        monkeypatch.setattr(fastest, constant, value)
     name, _, make = quantization.ACCURACIES[0]
     monkeypatch.setattr(quantization, "ACCURACIES", [(name, trained_once, make)])
     modules = [
@@ -154,6 +158,7 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         "points on test, channels removed, int8, LeNet5 on digits",
         "speed-up, ResNet-18, 32 px, batch 8, 50% removed, 1 seeds",
         "speed-up, ResNet-18, 32 px, batch 8, 50% removed, then int8",
+        *[row["what"].split(" (")[0] for row in written["rows"] if "threads: picks" in row["what"]],
     ]
     assert any("x smaller" in row["what"] for row in written["rows"])
     assert sum("2 stages cut after" in row["what"] for row in written["rows"]) == 2

@@ -1,9 +1,11 @@
 import os
 import subprocess
+import sys
 import threading
 import time
 from concurrent import futures
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -112,6 +114,28 @@ def test_time_of_children_is_ones_own(python):
     assert alive > 0.4
     assert host.cpu_seconds(os.getpid()) - before > 0.4, "ended and waited for, it still counts"
     assert host.cpu_seconds(2**22 + 1) == 0
+
+
+def test_memory_that_processes_share_counts_once(python):
+    code = """
+import os, time
+kept = bytearray(os.urandom(1)) * 300_000_000
+for _ in range(2):
+    if not os.fork():
+        print("ready", flush=True)
+        time.sleep(60)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([*python, "-c", code], stdout=subprocess.PIPE) as parent:
+        for _ in range(3):
+            parent.stdout.readline()
+        taken = host.memory_bytes(parent.pid)
+        for process in [*psutil.Process(parent.pid).children(), parent]:
+            process.kill()
+    if sys.platform == "linux":  # elsewhere what is shared counts for nobody
+        assert 290e6 < taken < 400e6
+    assert host.memory_bytes(2**22 + 1) == 0
 
 
 @pytest.mark.parametrize(("ranks", "suspected"), [("2", False), ("1", True)])

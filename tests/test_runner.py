@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from companion import __main__ as cli
 from companion import executed as executed_files
-from companion import jobs, runner, scoreboard
+from companion import jobs, kernels, runner, scoreboard
 
 pytestmark = pytest.mark.once
 PARAMETERS = """epochs: int = 3  # passes over the data
@@ -133,18 +133,21 @@ child.join()
 """
 
 
-def test_time_is_kept_of_all_processes_and_of_each_cell(notebooks, tmp_path):
-    write(notebooks, "03_busy", "import time; time.sleep(0.5)", BUSY)
+def test_time_and_memory_are_kept_of_all_processes(notebooks, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "SAMPLE_SECONDS", 0.05)
+    write(notebooks, "03_busy", "import time; x = b'1' * (3 * 10**8); time.sleep(0.5); del x", BUSY)
     out = tmp_path / "out"
     (outcome,) = runner.run([runner.Job(notebooks / "03_busy.ipynb", {}, "03_busy")], out, progress=False)
     assert outcome.cpu_seconds > 0.7, "the child counts"
     executed = nbformat.read(out / "03_busy.ipynb", 4)
+    assert 3e8 < outcome.memory_bytes < 6e8
     run, (*_, sleeps, busy) = executed.metadata.companion.run, executed.cells
     assert run.cpu_seconds == pytest.approx(outcome.cpu_seconds, abs=0.01)
     assert sleeps.metadata.companion.seconds > 0.5 > sleeps.metadata.companion.cpu_seconds
     assert busy.metadata.companion.cpu_seconds > 0.7
     page = (out / "index.html").read_text()
-    assert re.search("CPU time</th><th[^>]*>slowest cells</th>", page)
+    assert run.memory_bytes == outcome.memory_bytes
+    assert re.search("memory .GiB.</th><th[^>]*>slowest cells</th>", page)
     assert f"[{busy.execution_count}] " in page
 
 

@@ -89,7 +89,11 @@ TECHNIQUES = {
     "pruning_channels": ("pruning",),
     "packing": (),
     "preflight": ("tpu",),
-    "fastest": ("low_bits", "pruning", "pruning_channels", "quantization", "quantization_pt2e"),
+    "artefacts": ("quantization_peers", "quantization_pt2e"),
+    "variants": ("artefacts", "quantization", "quantization_compare", "quantization_pt2e"),
+    "fastest_rounds": ("artefacts", "variants"),
+    "fastest_found": ("artefacts",),
+    "fastest": ("fastest_found", "fastest_rounds", "pruning_channels", "variants"),
 }
 ROOF = {
     "kernels": ("host",),
@@ -103,6 +107,7 @@ ROOF = {
     "batches": ("jobs",),
     "report": ("ledger", "scoreboard", "tables"),
     "links": ("executed", "ledger"),
+    "fastest_command": ("fastest",),
     "runner": (
         "checks",
         "executed",
@@ -121,6 +126,7 @@ ROOF = {
         "checks",
         "devices",
         "executed",
+        "fastest_command",
         "jobs",
         "ledger",
         "links",
@@ -185,8 +191,9 @@ def test_a_notebook_imports_the_ground_its_own_technique_and_what_that_may_use(p
     own = {technique, *TECHNIQUES.get(technique, ())} | {room for room in TECHNIQUES if technique in room}
     # Threads are compared with processes; weights of few bits belong to 08, and 09 packs them.
     compares = {"05": {"clusters"}, "06": {"cluster_scripts", "machines", "network", "recoveries"}}
-    compares |= {"02": {"ddp"}, "04": {"ddp"}, "10": {"quantization"}}
-    compares |= {"08": {"low_bits"}, "09": {"low_bits", "packing", "quantization"}}
+    compares |= {"02": {"ddp"}, "04": {"ddp"}, "10": {"fastest", "quantization"}}
+    compares |= {"08": {"artefacts", "fastest", "low_bits"}}
+    compares |= {"09": {"fastest", "low_bits", "packing", "quantization"}}
     source = "\n".join(cells.plain(cell.source) for cell in cells.code(nbformat.read(path, 4)))
     beyond = imported(source) - {*GROUND, *ROOF} - own - compares.get(number, set())
     assert not beyond, f"it uses other techniques: {', '.join(beyond)}"

@@ -1,0 +1,275 @@
+"""What `fastest` does in child processes: the model as it is, an artefact beside it, the last ones."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from companion import artefacts, devices, measure, memory
+from companion.measure import Spread
+from companion.variants import Variant
+
+Evaluate = Callable[[nn.Module], float]
+AGREE = 1e-3  # how far exact variants may be apart, as a share of the largest answer
+GLANCE = 3  # rounds after which a loser is dropped
+BEHIND = 0.8  # of the best so far: who is slower at every batch size is a loser
+CALL_SECONDS = 0.01  # the least that is timed at once
+
+
+class UnfitError(ValueError):
+    """What was measured says that this variant cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The model as it is: accuracy of two evaluations, seconds of one, threads that serve it best, seconds of
+    a call by batch size, bytes of its weights on disk and in memory.
+    """
+
+    accuracies: tuple[float, float]
+    evaluate_seconds: float
+    threads: int
+    latency: dict[int, Spread]
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A variant beside the model: by batch size seconds of a call and speed-up; `dropped` says why it was not
+    looked at further. `cold_seconds` is from loading to the first answers, `memory_bytes` what they added.
+    """
+
+    latency: dict[int, Spread]
+    speed_up: dict[int, Spread]
+    disk_bytes: int
+    memory_bytes: int
+    cold_seconds: float
+    accuracy: float | None = None
+    dropped: str | None = None
+    busy: str | None = None
+
+
+class Chunked(nn.Module):
+    """Asks in batches of one size, so that a compiled program is not compiled again for the last one."""
+
+    def __init__(self, model: nn.Module, size: int):
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat(list(self._pieces(x)))[: len(x)]
+
+    def _pieces(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        for piece in x.split(self.size):
+            yield self.model(batch(piece, self.size)).clone()
+
+
+def batch(inputs: torch.Tensor, size: int) -> torch.Tensor:
+    """So many samples, the given ones over and over where they are too few."""
+    times = math.ceil(size / len(inputs))
+    return inputs.repeat(times, *[1] * (inputs.dim() - 1))[:size].contiguous()
+
+
+def limited(limit_bytes: int | None) -> None:
+    """From now on this process may take so many bytes of memory more (on Linux)."""
+    status = Path("/proc/self/status")
+    if limit_bytes is None or not status.exists():
+        return
+    import resource
+
+    taken = next(line for line in status.read_text().splitlines() if line.startswith("VmData"))
+    most = 1024 * int(taken.split()[1]) + limit_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def accuracy_of(evaluate: Evaluate, model: nn.Module) -> float:
+    """What `evaluate` says of a model. Raises UnfitError for what is no share from 0 to 1."""
+    with torch.no_grad():
+        value = float(evaluate(model))
+    if not 0 <= value <= 1:
+        raise UnfitError(f"evaluate(model) gave {value}: give a share from 0 to 1")
+    return value
+
+
+def plain(
+    model: nn.Module,
+    inputs: torch.Tensor,
+    evaluate: Evaluate,
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    rounds: int,
+) -> Plain:
+    """The model as it is, at each number of threads in turn."""
+    with torch.no_grad():
+        answers = model(batch(inputs, 2))
+    if not isinstance(answers, torch.Tensor) or answers.shape[:1] != (2,):
+        kind = type(answers).__name__
+        raise UnfitError(f"two samples gave a {kind}: wrap the model in one that gives a tensor [N, ...]")
+    devices.set_threads(max(counts))
+    start = time.perf_counter()
+    first = accuracy_of(evaluate, model)
+    seconds = time.perf_counter() - start
+    accuracies = first, accuracy_of(evaluate, model)
+    latency = {}
+    for size in sizes:
+        x = batch(inputs, size)
+        ways = {str(count): at(count, model, x) for count in counts}
+        latency[size], _ = timed(ways, x, rounds, 2.0)
+    best = min(counts, key=lambda count: math.prod(latency[size][str(count)].median for size in sizes))
+    own = {size: latency[size][str(best)] for size in sizes}
+    return Plain(accuracies, seconds, best, own, memory.disk_bytes(model))
+
+
+def at(threads: int, model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    """A call on so many threads."""
+
+    def call() -> object:
+        torch.set_num_threads(threads)
+        return model(x)
+
+    return call
+
+
+def timed(
+    ways: dict[str, Callable[[], object]], x: torch.Tensor, rounds: int, seconds: float
+) -> tuple[measure.Times, dict[str, int]]:
+    """Seconds of a call, in turn, in at most so many rounds and about so many seconds (three rounds at
+    least).
+    """
+    calls, once = {}, 0.0
+    with torch.no_grad():
+        for name, way in ways.items():
+            way()
+            start = time.perf_counter()
+            way()
+            devices.synchronize(x.device)
+            took = time.perf_counter() - start
+            calls[name] = max(1, round(CALL_SECONDS / took))
+            once += calls[name] * took
+        fit = max(GLANCE, min(rounds, int(seconds / once)))
+        repeated = {name: again(way, calls[name]) for name, way in ways.items()}
+        times = measure.compare(repeated, x.device, fit)
+    per_call = {name: [took / calls[name] for took in all_of] for name, all_of in times.rounds.items()}
+    return measure.Times(per_call, times.busy), calls
+
+
+def again(way: Callable[[], object], calls: int) -> Callable[[], None]:
+    def repeated() -> None:
+        for _ in range(calls):
+            way()
+
+    return repeated
+
+
+def make(
+    variant: Variant,
+    model: nn.Module,
+    inputs: torch.Tensor,
+    folder: Path,
+    threads: int,
+    limit_bytes: int | None,
+) -> None:
+    """Writes the variant's artefact."""
+    limited(limit_bytes)
+    devices.set_threads(threads)
+    variant.make(model, inputs, folder, threads)
+
+
+def measured(
+    folder: Path,
+    exact: bool,
+    model: nn.Module,
+    inputs: torch.Tensor,
+    evaluate: Evaluate,
+    sizes: Sequence[int],
+    best: dict[int, float],
+    rounds: int,
+    seconds: float,
+    limit_bytes: int | None,
+) -> Measured:
+    """An artefact beside the model, and its accuracy; dropped where others are clearly faster. `best` is the
+    lower end of the best speed-up so far, by batch size.
+    """
+    limited(limit_bytes)
+    about = artefacts.read(folder)
+    devices.set_threads(about.threads)
+    before, start = _own_bytes(), time.perf_counter()
+    it = artefacts.load(folder)
+    answers = {size: it(batch(inputs, size)) for size in sizes}
+    devices.synchronize(inputs.device)
+    cold, added = time.perf_counter() - start, max(0, _own_bytes() - before)
+    _check(model, it, inputs, answers, exact)
+    first = _in_turn(model, it, inputs, sizes, GLANCE, seconds)
+    about_it = it.disk_bytes, added, cold
+    if all(first[size][1].high < BEHIND * best[size] for size in sizes):
+        latency, gains = ({size: both[k] for size, both in first.items()} for k in (0, 1))
+        return Measured(latency, gains, *about_it, dropped="others are clearly faster")
+    accuracy = accuracy_of(evaluate, Chunked(it, max(sizes)) if about.kind == "program" else it)
+    more = _in_turn(model, it, inputs, sizes, rounds, seconds)
+    latency, gains = ({size: both[k] for size, both in more.items()} for k in (0, 1))
+    busy = next((both[2] for both in more.values() if both[2]), None)
+    return Measured(latency, gains, *about_it, accuracy=accuracy, busy=busy)
+
+
+def _own_bytes() -> int:
+    return psutil.Process(os.getpid()).memory_full_info().uss
+
+
+def _in_turn(model, it, inputs, sizes, rounds, seconds) -> dict[int, tuple[Spread, Spread, str | None]]:
+    """By batch size: seconds of a call, the speed-up over the model, and doubts."""
+    found = {}
+    for size in sizes:
+        x = batch(inputs, size)
+        ways = {"plain": lambda x=x: model(x), "it": lambda x=x: it(x)}
+        times, _ = timed(ways, x, rounds, seconds / len(sizes))
+        found[size] = times["it"], times.speed_up("it", over="plain"), times.busy
+    return found
+
+
+@torch.no_grad()
+def _check(model, it, inputs, answers: dict[int, torch.Tensor], exact: bool) -> None:
+    """Raises UnfitError for answers of another shape or without meaning; for an exact one, other answers."""
+    for size, given in answers.items():
+        right = model(batch(inputs, size))
+        if given.shape != right.shape:
+            raise UnfitError(f"a batch of {size} gave {list(given.shape)}, not {list(right.shape)}")
+        if not given.isfinite().all() and right.isfinite().all():
+            raise UnfitError(f"a batch of {size} gave numbers that are not finite")
+        apart = ((given - right).abs().max() / right.abs().max().clamp_min(1e-12)).item()
+        if exact and apart > AGREE:
+            raise UnfitError(
+                f"its answers differ by {apart:.1%}: it decides by its data, and was made of one case"
+            )
+
+
+def final(
+    folders: dict[str, Path],
+    model: nn.Module,
+    inputs: torch.Tensor,
+    sizes: Sequence[int],
+    threads: int,
+    counts: Sequence[int],
+    rounds: int,
+    seconds: float,
+) -> dict[tuple[str, int], dict[int, tuple[Spread, Spread]]]:
+    """The last ones in turn with the model, each at each number of threads: (name, threads) -> batch size ->
+    seconds of a call and speed-up over the model, which has the threads that serve it best.
+    """
+    loaded = {
+        (name, count): artefacts.load(folder, count) for name, folder in folders.items() for count in counts
+    }
+    found: dict[tuple[str, int], dict[int, tuple[Spread, Spread]]] = {key: {} for key in loaded}
+    for size in sizes:
+        x = batch(inputs, size)
+        ways = {"plain": at(threads, model, x)}
+        ways |= {str(key): at(key[1], it, x) for key, it in loaded.items()}
+        times, _ = timed(ways, x, rounds, seconds / len(sizes))
+        for key in loaded:
+            found[key][size] = times[str(key)], times.speed_up(str(key), over="plain")
+    return found
