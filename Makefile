@@ -18,13 +18,15 @@ export JUPYTER_RUNTIME_DIR := $(HOME_OF_TOOLS)/jupyter-runtime
 export MPLCONFIGDIR := $(HOME_OF_TOOLS)/matplotlib
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: links run test test-all test-units begin-test lint units notebooks-in-other-ways nbval lab bench store doctor clean help
+.PHONY: test-lab test-colab links run test test-all test-units begin-test lint units notebooks-in-other-ways nbval lab bench store doctor clean help
 
 help:
 	@echo "make run     run all notebooks; executed copies and a report go to results/"
 	@echo "make test    lint, unit tests, and every notebook in several ways; with NB=03, one notebook and its module"
 	@echo "make test-units    lint and unit tests"
 	@echo "make test-all STACK=newest    on the newest stack too, all that the reference stack is tested with"
+	@echo "make test-lab    every notebook in JupyterLab, in a real browser (needs chromium or google-chrome)"
+	@echo "make test-colab  every notebook in environments such as Colab's"
 	@echo "make lab     open the notebooks in JupyterLab"
 	@echo "make doctor  what can run here at full strength"
 	@echo "make bench   the speed claims, measured here"
@@ -82,6 +84,13 @@ notebooks-in-other-ways: $(READY) units
 nbval: $(READY) notebooks-in-other-ways
 	@$(PYTHON_IN) -m tests.nbval_copies $(if $(EVERYTHING),,--fewer) $(NB)
 	$(PYTEST) --dist loadscope -p tests.nbval_copies --nbval-lax --nbval-current-env --nbval-cell-timeout=900 results/nbval
+
+# A reader's way: no limit to one thread.
+test-lab: $(READY)
+	COMPANION_LAB=all $(PYTHON_IN) -m pytest tests/test_lab.py
+
+test-colab: $(READY)
+	@$(PYTHON_IN) tests/colab.py
 
 lab: $(READY)
 	@$(PYTHON_IN) -m jupyterlab --ip=127.0.0.1 --notebook-dir=notebooks

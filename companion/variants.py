@@ -143,15 +143,13 @@ ON_GPU = (
     Variant(
         "compiled, float16, CUDA graphs",
         "program",
-        _cast(torch.float16),
-        takes="floats",
+        HALF,
         mode="reduce-overhead",
     ),
     Variant(
         "compiled, float16, max-autotune",
         "program",
-        _cast(torch.float16),
-        takes="floats",
+        HALF,
         mode="max-autotune",
     ),
 )

@@ -159,6 +159,23 @@ def test_installing_beside_an_existing_torch_changes_nothing(python, tmp_path):
     assert [entry["metadata"]["name"] for entry in report["install"]] == [PROJECT["name"]]
 
 
+def test_dependencies_are_listed_with_their_licences_and_versions():
+    lines = [line.strip("| ").split(" | ") for line in (ROOT / "DEPENDENCIES.md").read_text().splitlines()]
+    listed = {line[0]: line for line in lines if len(line) == 6}
+
+    def version(name, stack):
+        found = pins(name, stack)
+        return str(found[0].specifier).removeprefix("==") if found else "-"
+
+    for requirement in [*CORE, *(one for some in EXTRAS.values() for one in some)]:
+        name = canonicalize_name(requirement.name)
+        assert name in listed, f"add {name} to DEPENDENCIES.md"
+        _, _, old, new, released, licence = listed[name]
+        assert (old, new) == (version(name, REFERENCE), version(name, NEWEST)), name
+        assert re.fullmatch(r"\S+, \d{4}-\d\d-\d\d", released), name
+        assert licence, name
+
+
 COLAB = {
     "torch": "2.9.0+cpu",
     "torchvision": "0.24.0+cpu",
