@@ -18,7 +18,7 @@ export JUPYTER_RUNTIME_DIR := $(HOME_OF_TOOLS)/jupyter-runtime
 export MPLCONFIGDIR := $(HOME_OF_TOOLS)/matplotlib
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: test-lab test-colab links run test test-all test-units begin-test lint units notebooks-in-other-ways nbval lab bench store doctor clean help
+.PHONY: site test-lab test-colab links run test test-all test-units begin-test lint units notebooks-in-other-ways nbval lab bench store doctor clean help
 
 help:
 	@echo "make run     run all notebooks; executed copies and a report go to results/"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-all STACK=newest    on the newest stack too, all that the reference stack is tested with"
 	@echo "make test-lab    every notebook in JupyterLab, in a real browser (needs chromium or google-chrome)"
 	@echo "make test-colab  every notebook in environments such as Colab's"
+	@echo "make site    the lessons as web pages, in build/site"
 	@echo "make lab     open the notebooks in JupyterLab"
 	@echo "make doctor  what can run here at full strength"
 	@echo "make bench   the speed claims, measured here"
@@ -38,8 +39,10 @@ help:
 $(READY): pyproject.toml $(CONSTRAINTS.$(STACK)) setup.sh
 	@./setup.sh $(STACK) $(VENV) $(CONSTRAINTS.$(STACK))
 
+# RUN_JOBS=2: two notebooks at once, where figures do not matter.
+RUN_JOBS ?= 1
 run: $(READY)
-	@$(PYTHON_IN) -m companion run
+	@$(PYTHON_IN) -m companion run --jobs $(RUN_JOBS)
 
 # The newest stack: what touches torch, and each notebook once with few repetitions. EVERYTHING=yes: as on the reference stack.
 EVERYTHING ?= $(if $(filter reference,$(STACK)),yes)
@@ -100,10 +103,14 @@ bench: $(READY)
 
 store: $(READY)
 	@$(PYTHON_IN) -m companion store $(NB)
+	@$(PYTHON_IN) docs/figure.py
 
 # REPOSITORY=owner/name: written wherever the project's address stands.
 links: $(READY)
 	@$(PYTHON_IN) -m companion links $(REPOSITORY)
+
+site: $(READY)
+	@$(PYTHON_IN) docs/build.py
 
 doctor: $(READY)
 	@$(PYTHON_IN) -m companion doctor

@@ -27,7 +27,7 @@ mkdir -p "$venv/var" # where the Makefile sends what Jupyter, IPython and matplo
 echo "Installing the $stack stack into $venv (about 8 GB on Linux, some minutes) ..."
 wanted='.[notebooks,dev,compress,peers,tune]'
 if [ "$stack" = reference ]; then
-    wanted='.[notebooks,dev,compress,peers,tune,xla]' # the last torch_xla needs the reference stack's torch
+    wanted='.[notebooks,dev,compress,peers,tune,site,xla]' # the last torch_xla needs the reference stack's torch
 fi
 if "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv &&
     UV_SYSTEM_CERTS=1 "$venv/bin/python" -m uv pip install --quiet --python "$venv/bin/python" --constraint "$constraints" --editable "$wanted"; then

@@ -21,6 +21,7 @@ NAMES = (
     "quantization",
     "pruning",
     "fastest",
+    "runner",
 )
 
 

@@ -121,6 +121,8 @@ class Artefact(nn.Module):
     def __init__(self, about: About, call: Callable[[torch.Tensor], torch.Tensor], disk_bytes: int):
         super().__init__()
         self.about, self.call, self.disk_bytes = about, (call,), disk_bytes  # a tuple: it has no modes
+        # So that `next(model.parameters()).device` is what it is of other models.
+        self.place = nn.Parameter(torch.empty(0, device=about.device), requires_grad=False)
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:

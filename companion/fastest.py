@@ -203,6 +203,9 @@ class _Search:
         leading = self._leading(FINALISTS)
         for ratio in RATIOS:
             base = f"pruned {ratio:.0%}"
+            if time.perf_counter() - self.start > seconds:
+                self._note(Row(base, reason=f"not tried: {seconds:g} seconds were over"))
+                continue
             try:
                 narrow = self._child(_narrowed, self.model, self.inputs[:1], ratio, fine_tune, self.evaluate)
             except launch.WorkerError as error:

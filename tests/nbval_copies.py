@@ -23,6 +23,7 @@ import times
 from companion import executed as files
 from companion import host, jobs
 
+MORE = 1.2  # times as much memory as is told of: when the most is taken is chance
 FOLDER = cells.ROOT / "results" / "nbval"
 
 
@@ -71,10 +72,18 @@ def _compare(file, items, run: nbformat.NotebookNode) -> None:
     def set_up() -> None:
         file.setup_sanitize_files()
         times.within_budget(file.path.stem, "defaults", run.metadata.companion.run.cpu_seconds)
+        within_memory(run)
 
     file.setup = set_up
     for item, found in zip(items, outputs, strict=True):
         item.runtest = lambda item=item, found=found: compare(item, found)
+
+
+def within_memory(run: nbformat.NotebookNode) -> None:
+    """Fails if an execution took clearly more memory than the notebook's first cell tells its reader."""
+    said = float(cells.NEEDS.search(run.cells[0].source)[2])
+    took = run.metadata.companion.run.memory_bytes / 2**30
+    assert took <= MORE * said, f"it took {took:.2f} GiB, {said} are told of"
 
 
 def compare(item, outputs: list[nbformat.NotebookNode]) -> None:

@@ -3,8 +3,10 @@
 import json
 import re
 
+import nbformat
 import pytest
 import torch
+from nbformat.v4 import new_code_cell, new_notebook
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import (
@@ -19,6 +21,7 @@ from benchmarks import (
     pruning,
     quantization,
     ray_tune,
+    runner,
     tpu,
     training_loop,
 )
@@ -45,8 +48,16 @@ def trained_once(seed):
     return quantization._fitted(quantization.models.LeNet5(), quantization.data.load("digits"), recipe)
 
 
+def short_notebook(folder):
+    """A notebook that does next to nothing."""
+    cells = [new_code_cell("number: int = 0  # of it", metadata={"tags": ["parameters"]})]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / "00_short.ipynb")
+    return folder / "00_short.ipynb"
+
+
 @pytest.fixture(autouse=True)
-def _small(monkeypatch):
+def _small(monkeypatch, tmp_path):
     monkeypatch.setattr(training_loop, "SAMPLES", 512)
     monkeypatch.setattr(ddp_speed_up, "REPEATS", 1)
     monkeypatch.setattr(
@@ -94,7 +105,9 @@ def _small(monkeypatch):
         multi_machine,
         tpu,
     ]
-    for module in (*modules, ray_tune, quantization, pruning):
+    monkeypatch.setattr(runner, "SEVERAL", ["short", "short too"])
+    monkeypatch.setattr(runner, "smaller", lambda stem: runner.jobs.Job(short_notebook(tmp_path), {}, stem))
+    for module in (*modules, ray_tune, quantization, pruning, runner):
         monkeypatch.setattr(
             module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1)
         )
@@ -159,6 +172,8 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         "speed-up, ResNet-18, 32 px, batch 8, 50% removed, 1 seeds",
         "speed-up, ResNet-18, 32 px, batch 8, 50% removed, then int8",
         *[row["what"].split(" (")[0] for row in written["rows"] if "threads: picks" in row["what"]],
+        "the runner, 02_data_parallel with small parameters",
+        "2 notebooks with small parameters, two at once",
     ]
     assert any("x smaller" in row["what"] for row in written["rows"])
     assert sum("2 stages cut after" in row["what"] for row in written["rows"]) == 2

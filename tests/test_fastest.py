@@ -36,7 +36,12 @@ def accuracy(model, images):
     """The share of images of which a model thinks as this one does."""
     with torch.no_grad():
         right = model.eval()(images).argmax(1)
-    return lambda net: (net(images).argmax(1) == right).double().mean().item()
+
+    def accuracy(net):
+        place = next(net.parameters()).device  # as many do
+        return (net(images.to(place)).argmax(1).cpu() == right).double().mean().item()
+
+    return accuracy
 
 
 def test_the_winner_is_what_was_measured_and_can_be_saved(model, images, accuracy, tmp_path, capsys):

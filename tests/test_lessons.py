@@ -1,6 +1,7 @@
 """What the notebooks claim: absolute words are asserted, numbers come from code, links lead somewhere."""
 
 import ast
+import hashlib
 import re
 
 import cells
@@ -83,6 +84,18 @@ def test_links_to_files_and_headings_lead_somewhere(path):
         assert not heading or heading in headings, target
 
 
+def test_the_readme_tells_the_minutes_and_the_memory_of_each_notebook(path):
+    minutes, gib = cells.NEEDS.search(nbformat.read(path, 4).cells[0].source).groups()
+    (row,) = re.findall(rf"^\| \[{path.stem}\].*$", (ROOT / "README.md").read_text(), re.MULTILINE)[:1]
+    assert row.endswith(f"| {minutes}, {gib} |"), row
+
+
+def test_the_readmes_figure_is_that_of_the_stored_records():
+    records = (ROOT / "companion" / "stored-results" / "scoreboard.jsonl").read_bytes()
+    drawn = (ROOT / "docs" / "scoreboard.svg").read_text(encoding="utf-8")
+    assert f"records {hashlib.sha256(records).hexdigest()}" in drawn, "draw it again: python docs/figure.py"
+
+
 def test_links_of_the_readme_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     headings = {
@@ -107,3 +120,17 @@ def test_an_absolute_claim_is_found(tmp_path):
     nbformat.write(notebook, tmp_path / "99_wrong.ipynb")
     with pytest.raises(pytest.fail.Exception, match="compute and print"):
         test_measured_numbers_stand_in_code_and_not_in_sentences(tmp_path / "99_wrong.ipynb")
+
+
+LONGEST = 20  # lines of a cell, so that it is read in one look; imports do not count
+
+
+def test_a_cell_is_one_thought(path):
+    for cell in cells.code(nbformat.read(path, 4)):
+        tree = ast.parse(cells.plain(cell.source))
+        own = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+        lines = own[-1].end_lineno - own[0].lineno + 1 if own else 0
+        # A drawing, a table of values or a call is one thing, on however many lines.
+        one_thing = sum(len(ast.unparse(node).splitlines()) for node in own) <= 4
+        setup = "COLAB_RELEASE_TAG" in cell.source
+        assert lines <= LONGEST or one_thing or setup, f"cut it: {cell.source[:200]}"

@@ -57,10 +57,12 @@ def test_the_stacks_are_those_that_fit_together():
 
 
 @pytest.mark.parametrize(
-    ("stack", "absent"), [(REFERENCE, set()), (NEWEST, {"xla", "preflight"})], ids=["reference", "newest"]
+    ("stack", "absent"),
+    [(REFERENCE, set()), (NEWEST, {"xla", "preflight", "site"})],
+    ids=["reference", "newest"],
 )
 def test_every_requirement_is_pinned_within_its_bounds(stack, absent):
-    assert set(EXTRAS) == {"xla", "tune", "compress", "peers", "preflight", "notebooks", "dev"}
+    assert set(EXTRAS) == {"xla", "tune", "compress", "peers", "preflight", "notebooks", "dev", "site"}
     extras = [
         requirement for extra, needed in EXTRAS.items() if extra not in absent for requirement in needed
     ]
@@ -104,7 +106,7 @@ def test_conda_names_the_same_stack():
         python.removeprefix("python=")
     )
     assert environment["name"] == PROJECT["name"]
-    assert "    wanted='.[notebooks,dev,compress,peers,tune,xla]'" in (ROOT / "setup.sh").read_text()
+    assert "    wanted='.[notebooks,dev,compress,peers,tune,site,xla]'" in (ROOT / "setup.sh").read_text()
 
 
 def test_binder_names_the_same_stack_for_cpu():

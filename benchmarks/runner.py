@@ -1,0 +1,70 @@
+"""What the runner of notebooks costs: beside nbclient alone, and two at once beside one after the other.
+
+Notebooks have the small parameters of the tests, so that a round takes minutes; the larger a notebook, the
+smaller the share of what its start costs.
+"""
+
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+
+from companion import jobs, measure, runner
+
+ROOT = Path(__file__).parents[1]
+ONE = "02_data_parallel"
+SEVERAL = ("00_baseline", "02_data_parallel", "08_quantization", "09_pruning")
+ROUNDS = 3
+
+
+def smaller(stem: str) -> jobs.Job:
+    """A notebook with its small parameters."""
+    settings = tomllib.loads((ROOT / "tests" / "parameters.toml").read_text(encoding="utf-8"))["smaller"]
+    return jobs.Job(ROOT / "notebooks" / f"{stem}.ipynb", settings.get(stem, {}), stem)
+
+
+def by_runner(wanted: list[jobs.Job], workers: int = 1) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for outcome in runner.run(wanted, Path(folder), workers, progress=False):
+            if outcome.error:
+                raise RuntimeError(f"{outcome.job.name}: {outcome.error}")
+
+
+def by_nbclient(job: jobs.Job) -> None:
+    """The same cells with the same parameters, and nothing noted."""
+    from nbclient import NotebookClient
+    from papermill.parameterize import parameterize_notebook
+
+    notebook = nbformat.read(job.notebook, 4)
+    notebook = parameterize_notebook(notebook, job.parameters | {"results_dir": "."})
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": folder}}).execute()
+
+
+def measure_all(rounds: int = ROUNDS) -> Iterator[dict]:
+    one = smaller(ONE)
+    ways = {"nbclient": lambda: by_nbclient(one), "runner": lambda: by_runner([one])}
+    times = measure.compare(ways, rounds=rounds, warm_up=1)
+    extra = times.part("runner", of="nbclient")
+    yield {
+        "what": f"the runner, {ONE} with small parameters (s)",
+        "plain": f"{times['nbclient']:.1f} (nbclient)",
+        "ours": f"{times['runner']:.1f}",
+        "limit": "5% more (agreed)",
+        "against plain": f"{extra:.2f}x",
+        "of the limit": f"{(extra.median - 1) / 0.05:.0%}",
+    }
+    several = [smaller(stem) for stem in SEVERAL]
+    ways = {"--jobs 1": lambda: by_runner(several), "--jobs 2": lambda: by_runner(several, 2)}
+    times = measure.compare(ways, rounds=max(1, rounds - 1), warm_up=0)
+    gain = times.speed_up("--jobs 2", over="--jobs 1")
+    yield {
+        "what": f"{len(several)} notebooks with small parameters, two at once (s)",
+        "plain": f"{times['--jobs 1']:.0f} (--jobs 1)",
+        "ours": f"{times['--jobs 2']:.0f} (--jobs 2)",
+        "limit": "1.5x (agreed)",
+        "against plain": f"{gain:.2f}x",
+        "of the limit": f"{gain.median / 1.5:.0%}",
+    }
