@@ -10,8 +10,10 @@ import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nbformat
+if TYPE_CHECKING:
+    import nbformat
 
 NOTEBOOKS = Path("notebooks")
 _NAME_BYTES = 120  # of a file's name at most; a file system allows some 255, with what is appended
@@ -80,8 +82,10 @@ def find(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
     return list(dict.fromkeys(chosen)) or notebooks
 
 
-def read(notebook: Path) -> nbformat.NotebookNode:
+def read(notebook: Path) -> "nbformat.NotebookNode":
     """The notebook. Raises ValueError, naming it, for a file that is none, as after a merge conflict."""
+    import nbformat  # records, which notebooks write, do without it
+
     try:
         return nbformat.read(notebook, 4)
     except Exception as error:  # whatever JSON, the format's check, or the disk says

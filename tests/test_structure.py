@@ -231,3 +231,19 @@ def test_the_companion_gives_its_modules_and_version():
     assert all(getattr(companion, name).__name__ == f"companion.{name}" for name in companion.MODULES)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         companion.nonsense  # noqa: B018
+
+
+def test_what_notebooks_use_needs_no_package_that_runs_them(python, root):
+    built = set(rooms())
+    rooms_of_notebooks = [
+        *GROUND,
+        *(room for room in TECHNIQUES if room in built),
+        "scoreboard",
+        "summary",
+        "summary_figures",
+        "advice",
+    ]
+    runners = ("nbformat", "nbclient", "papermill", "nbconvert", "yaml", "jupyter_client")
+    code = f"import sys; sys.modules |= dict.fromkeys({runners})\nimport companion\n"
+    code += f"for name in {rooms_of_notebooks}: getattr(companion, name)"
+    subprocess.run([*python, "-W", "ignore", "-c", code], check=True, cwd=root)
