@@ -40,6 +40,8 @@ def main(words: list[str] | None = None) -> int:
     done = subprocess.run([*command, str(source), str(output)], env=os.environ | {"SITE_ROOT": str(ROOT)})
     if done.returncode:
         return 1
+    for template in (output / "_static").glob("*.html"):  # the theme's own, which are no pages
+        template.unlink()
     for page in output.rglob("*.html"):
         finish(page)
     warned = (source / WARNED).read_text(encoding="utf-8").strip()

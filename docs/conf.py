@@ -32,7 +32,7 @@ html_theme_options = {
 html_show_sourcelink = html_copy_source = True
 nb_execution_mode = "off"  # outputs are the stored ones
 nb_merge_streams = True
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 # What notebooks show besides pictures, tables and text is for a running kernel.
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]

@@ -12,7 +12,7 @@ WIDTH = 320  # of the landing page's figures, in pixels
 
 
 def write(root: Path, source: Path) -> None:
-    folder, cards = source / "lessons", []
+    folder, cards = source / "notebooks", []
     folder.mkdir()
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, 4)
@@ -31,7 +31,7 @@ def chinese(here: Path, source: Path) -> None:
         text = path.read_text(encoding="utf-8").rstrip()
         measured = f"实测：{sentence(notebook)}"
         (folder / path.name).write_text(
-            f"{text}\n\n`{measured}`\n\n[课程（英文）](../lessons/{path.stem}.ipynb)\n", encoding="utf-8"
+            f"{text}\n\n`{measured}`\n\n[课程（英文）](../notebooks/{path.stem}.ipynb)\n", encoding="utf-8"
         )
         stems.append(path.stem)
     first = (here / "zh" / "index.md").read_text(encoding="utf-8")
@@ -86,7 +86,7 @@ def card(stem: str, notebook: nbformat.NotebookNode, static: Path) -> str:
     return "\n".join(
         [
             f":::{{grid-item-card}} {question}",
-            f":link: lessons/{stem}",
+            f":link: notebooks/{stem}",
             ":link-type: doc",
             f":img-bottom: _static/{name}",
             f":img-alt: {alt}",
@@ -143,7 +143,7 @@ def landing(root: Path, cards: list[str]) -> str:
             "",
             "## Which notebook is for me?",
             "",
-            *choice(readme),
+            *choice(readme, stems),
             "",
             "## The lessons",
             "",
@@ -153,7 +153,7 @@ def landing(root: Path, cards: list[str]) -> str:
             *cards,
             "::::",
             "",
-            *toctree("Lessons", [f"lessons/{stem}" for stem in stems]),
+            *toctree("Lessons", [f"notebooks/{stem}" for stem in stems]),
             *toctree("About", parts),
         ]
     )
@@ -163,7 +163,7 @@ def toctree(caption: str, pages: list[str]) -> list[str]:
     return ["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""]
 
 
-def choice(readme: str) -> list[str]:
+def choice(readme: str, stems: list[str]) -> list[str]:
     """The README's diagram as nested questions, which need no program to be drawn."""
     source = re.search(r"```mermaid\n(.*?)```", readme, re.DOTALL)[1]
     names = {key: text.replace("<br/>", " ") for key, text in re.findall(r'(\w+)[\[{]"([^"]+)"[\]}]', source)}
@@ -177,6 +177,8 @@ def choice(readme: str) -> list[str]:
                 edges.setdefault(start.strip(), []).append(
                     (label[1] if label else "", other[label.end() if label else 0 :])
                 )
+    pages = {stem[:2]: f"[**{stem[:2]}**](notebooks/{stem}.ipynb)" for stem in stems}
+    names = {key: re.sub(r"\d\d", lambda found: pages[found[0]], text) for key, text in names.items()}
     return _below("start", names, edges, 0, set())
 
 
@@ -185,7 +187,6 @@ def _below(node: str, names: dict, edges: dict, depth: int, seen: set) -> list[s
     for label, other in edges.get(node, []):
         if other in seen or other == "score":
             continue
-        text = re.sub(r"(\d\d)", lambda found: f"**{found[1]}**", names.get(other, other))
-        lines.append(f"{'  ' * depth}- {label + ': ' if label else ''}{text}")
+        lines.append(f"{'  ' * depth}- {label + ': ' if label else ''}{names.get(other, other)}")
         lines += _below(other, names, edges, depth + 1, seen | {other})
     return lines

@@ -53,7 +53,6 @@ def sections(readme: str) -> dict[str, str]:
 
 def linked(text: str) -> str:
     """With links to the site's own pages where the README links to files."""
-    text = re.sub(r"\]\(notebooks/(\w+)\.ipynb\)", r"](lessons/\1.ipynb)", text)
     for name, page in NAMES.items():
         text = text.replace(f"]({name})", f"]({page})")
     for page, titles in PARTS.items():

@@ -23,7 +23,15 @@ import cells
 
 from companion import jobs, links, runner
 
-COMMON = ["numpy==2.0.2", "nbformat", "matplotlib==3.10.0", "scikit-learn==1.6.1", "pandas", "ipykernel", "ipywidgets"]
+COMMON = [
+    "numpy==2.0.2",
+    "nbformat",
+    "matplotlib==3.10.0",
+    "scikit-learn==1.6.1",
+    "pandas",
+    "ipykernel",
+    "ipywidgets",
+]
 RUNTIMES = {
     "tpu": (
         "3.13",

@@ -79,7 +79,7 @@ def pages(site):
 
 
 def test_every_lesson_and_module_has_a_page(pages):
-    assert {f"lessons/{path.stem}.html" for path in NOTEBOOKS} <= set(pages)
+    assert {f"notebooks/{path.stem}.html" for path in NOTEBOOKS} <= set(pages)
     modules = {path.stem for path in (ROOT / "companion").glob("[!_]*.py")}
     assert {f"api/{name}.html" for name in modules} <= set(pages)
     assert {"index.html", "glossary.html", "measured.html", "cite.html", "contributing.html"} <= set(pages)
@@ -179,7 +179,7 @@ def test_the_search_finds_without_a_server(opened):
 
 
 def test_the_theme_turns_dark_and_figures_stay_on_white(opened):
-    page = opened("lessons/10_scoreboard.html", color_scheme="dark")
+    page = opened("notebooks/10_scoreboard.html", color_scheme="dark")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, ground[4:-1].split(","))) < 80, f"dark, but {ground}"
