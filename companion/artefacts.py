@@ -183,7 +183,9 @@ def load(folder: str | Path, threads: int | None = None) -> Artefact:
     elif about.kind == "openvino":
         call = peers.openvino_request(path, about.threads, "bf16" if about.precision == "bf16" else "f32")
     elif about.kind == "script":
-        call = torch.jit.load(path, map_location=about.device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer releases call TorchScript deprecated
+            call = torch.jit.load(path, map_location=about.device)
     else:
         call = pt2e.Compiled(_loaded_program(path), about.mode)
     size = sum(each.stat().st_size for each in folder.iterdir() if each.name != ABOUT)

@@ -234,6 +234,8 @@ def test_variants_that_cannot_pay_here_are_not_tried(monkeypatch, images):
     assert "only images" in variants.why_not(by_name["script, channels_last"], torch.ones(2, 5))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("variant", variants.ON_GPU, ids=lambda variant: variant.name)
 def test_gpu_variants_are_right_as_far_as_a_cpu_can_tell(variant, model, images):
     if variant.kind == "program":
