@@ -9,8 +9,6 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
-
 from companion import jobs, measure, runner
 
 ROOT = Path(__file__).parents[1]
@@ -35,10 +33,11 @@ def by_runner(wanted: list[jobs.Job], workers: int = 1) -> None:
 def by_nbclient(job: jobs.Job) -> None:
     """The same cells with the same parameters, and nothing noted."""
     from nbclient import NotebookClient
+    from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
-    notebook = nbformat.read(job.notebook, 4)
-    notebook = parameterize_notebook(notebook, job.parameters | {"results_dir": "."})
+    values = job.parameters | {"results_dir": "."}
+    notebook = parameterize_notebook(load_notebook_node(str(job.notebook)), values)
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": folder}}).execute()
 

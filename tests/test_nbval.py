@@ -28,6 +28,8 @@ def project(tmp_path):
     write(path.parent, path.stem, "print(epochs)", "open('executed', 'a').close()")
     notebook = nbformat.read(path, 4)
     notebook.cells[2].metadata.tags = [cells.CHECKED]
+    needs = "# **Needs** about 1 minutes and 1.0 GiB on a 2-core CPU\n"
+    notebook.cells[0].source = needs + notebook.cells[0].source
     nbformat.write(notebook, path)
     assert runner.store(path, tmp_path / "stored") is None
     (outcome,) = runner.run([runner.Job(path, {}, path.stem)], tmp_path / "results" / "first", progress=False)
