@@ -116,6 +116,7 @@ SAID = {
 }
 
 
+@pytest.mark.once
 def test_faults_are_rows_with_their_reason_and_the_search_goes_on(model, images, accuracy, monkeypatch):
     monkeypatch.setattr(variants, "ON_CPU", FAULTS)
     limits = {"limit_seconds": 9.0, "limit_bytes": 2 * 2**30}
@@ -151,6 +152,7 @@ def test_losers_are_dropped_early(model, images, accuracy, tmp_path):
     assert whole.accuracy == 1
 
 
+@pytest.mark.once
 def test_pruned_models_are_trained_again_and_judged(model, images, accuracy):
     def fine_tune(net):
         assert sum(p.numel() for p in net.parameters()) < sum(p.numel() for p in model.parameters())
@@ -163,6 +165,7 @@ def test_pruned_models_are_trained_again_and_judged(model, images, accuracy):
     assert "beyond the budget" in strict["pruned 50%"].reason
 
 
+@pytest.mark.once
 def test_time_that_is_over_and_ctrl_c_keep_what_is_known(model, images, accuracy, monkeypatch):
     found = fastest.search(model, images, accuracy, names=["script"], seconds=1e-6, **QUICK)
     assert "not tried" in found["script"].reason
@@ -273,6 +276,7 @@ def accuracy(model):
 """
 
 
+@pytest.mark.once
 def test_the_command_saves_the_fastest_and_its_report(tmp_path, python):
     (tmp_path / "mine.py").write_text(MODULE)
     words = ["-m", "companion", "fastest", "mine:build", "--input", "8x3x32x32", "--threads", "1"]
