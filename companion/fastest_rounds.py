@@ -28,12 +28,11 @@ class UnfitError(ValueError):
 
 @dataclass(frozen=True)
 class Plain:
-    """The model as it is: accuracy of two evaluations, seconds of one, threads that serve it best, seconds of
-    a call by batch size, bytes of its weights on disk and in memory.
+    """The model as it is: accuracy of two evaluations, threads that serve it best, seconds of a call by batch
+    size, bytes of its weights on disk.
     """
 
     accuracies: tuple[float, float]
-    evaluate_seconds: float
     threads: int
     latency: dict[int, Spread]
     disk_bytes: int
@@ -112,18 +111,15 @@ def plain(
         kind = type(answers).__name__
         raise UnfitError(f"two samples gave a {kind}: wrap the model in one that gives a tensor [N, ...]")
     devices.set_threads(max(counts))
-    start = time.perf_counter()
-    first = accuracy_of(evaluate, model)
-    seconds = time.perf_counter() - start
-    accuracies = first, accuracy_of(evaluate, model)
+    accuracies = accuracy_of(evaluate, model), accuracy_of(evaluate, model)
     latency = {}
     for size in sizes:
         x = batch(inputs, size)
         ways = {str(count): at(count, model, x) for count in counts}
-        latency[size], _ = timed(ways, x, rounds, 2.0)
+        latency[size] = timed(ways, x, rounds, 2.0)
     best = min(counts, key=lambda count: math.prod(latency[size][str(count)].median for size in sizes))
     own = {size: latency[size][str(best)] for size in sizes}
-    return Plain(accuracies, seconds, best, own, memory.disk_bytes(model))
+    return Plain(accuracies, best, own, memory.disk_bytes(model))
 
 
 def at(threads: int, model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
@@ -138,7 +134,7 @@ def at(threads: int, model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
 
 def timed(
     ways: dict[str, Callable[[], object]], x: torch.Tensor, rounds: int, seconds: float
-) -> tuple[measure.Times, dict[str, int]]:
+) -> measure.Times:
     """Seconds of a call, in turn, in at most so many rounds and about so many seconds (three rounds at
     least).
     """
@@ -156,7 +152,7 @@ def timed(
         repeated = {name: again(way, calls[name]) for name, way in ways.items()}
         times = measure.compare(repeated, x.device, fit)
     per_call = {name: [took / calls[name] for took in all_of] for name, all_of in times.rounds.items()}
-    return measure.Times(per_call, times.busy), calls
+    return measure.Times(per_call, times.busy)
 
 
 def again(way: Callable[[], object], calls: int) -> Callable[[], None]:
@@ -227,7 +223,7 @@ def _in_turn(model, it, inputs, sizes, rounds, seconds) -> dict[int, tuple[Sprea
     for size in sizes:
         x = batch(inputs, size)
         ways = {"plain": lambda x=x: model(x), "it": lambda x=x: it(x)}
-        times, _ = timed(ways, x, rounds, seconds / len(sizes))
+        times = timed(ways, x, rounds, seconds / len(sizes))
         found[size] = times["it"], times.speed_up("it", over="plain"), times.busy
     return found
 
@@ -243,9 +239,7 @@ def _check(model, it, inputs, answers: dict[int, torch.Tensor], exact: bool) -> 
             raise UnfitError(f"a batch of {size} gave numbers that are not finite")
         apart = ((given - right).abs().max() / right.abs().max().clamp_min(1e-12)).item()
         if exact and apart > AGREE:
-            raise UnfitError(
-                f"its answers differ by {apart:.1%}: it decides by its data, and was made of one case"
-            )
+            raise UnfitError(f"its answers differ by {apart:.1%}, where they should be the model's")
 
 
 def final(
@@ -269,7 +263,7 @@ def final(
         x = batch(inputs, size)
         ways = {"plain": at(threads, model, x)}
         ways |= {str(key): at(key[1], it, x) for key, it in loaded.items()}
-        times, _ = timed(ways, x, rounds, seconds / len(sizes))
+        times = timed(ways, x, rounds, seconds / len(sizes))
         for key in loaded:
             found[key][size] = times[str(key)], times.speed_up(str(key), over="plain")
     return found

@@ -71,18 +71,22 @@ def usable_memory_bytes(root: str = "/") -> int:
     return int(min(physical, _cgroup_limits(root)[1]))
 
 
+def _family(pid: int) -> list[psutil.Process]:
+    """A process and all that came from it; none if it is not there."""
+    try:
+        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def cpu_seconds(pid: int) -> float:
     """CPU-seconds so far of a process and of all that came from it; of those that have ended, once they were
     waited for.
 
     0 for a process that is not there.
     """
-    try:
-        tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0.0
     total = 0.0
-    for process in tree:
+    for process in _family(pid):
         with suppress(psutil.NoSuchProcess):  # it has ended since, and is in its parent's times
             times = process.cpu_times()
             total += times.user + times.system + times.children_user + times.children_system
@@ -95,12 +99,8 @@ def memory_bytes(pid: int) -> int:
 
     0 for a process that is not there.
     """
-    try:
-        tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
     total = 0
-    for process in tree:
+    for process in _family(pid):
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):  # it has ended since
             total += _taken(process)
     return total

@@ -170,9 +170,9 @@ def offered(device: torch.device) -> tuple[Variant, ...]:
 
 def why_not(variant: Variant, inputs: torch.Tensor) -> str | None:
     """Why a variant cannot pay or run on this machine with such inputs, or None."""
-    sets = machine.describe().instruction_sets
-    if variant.needs and sets != "unknown" and not set(variant.needs) & set(sets.split(", ")):
-        return f"the processor has none of {', '.join(variant.needs)}: it would be slower"
+    sets = machine.describe().instruction_sets if variant.needs else "unknown"
+    if sets != "unknown" and not set(variant.needs) & set(sets.split(", ")):
+        return f"the processor has none of {', '.join(variant.needs)}, which make it fast"
     if variant.takes != "any" and not inputs.is_floating_point():
         return "its inputs are whole numbers, which have no other type"
     if variant.takes == "images" and inputs.dim() != 4:

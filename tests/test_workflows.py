@@ -45,3 +45,4 @@ def test_every_job_ends_and_may_only_read():
         assert workflow["permissions"] == {"contents": "read"}, path.name
         for name, job in workflow["jobs"].items():
             assert job["timeout-minutes"] <= 120, name
+            assert set(job.get("permissions", ())) <= {"pages", "id-token"}, f"{name} may write"
