@@ -73,6 +73,13 @@ def problems(path: Path) -> list[str]:
         if re.search(r"(?<![\w.:/<])(/(?!bin/|dev/|proc/|sys/)\w[\w.-]*){2,}|[A-Z]:\\\w", text):
             found.append(f"a path of a machine in an output: {text}")
 
+    known, flow = set(), [cells.names(cell.source) for cell in listed]
+    ever = set().union(*(bound for bound, _ in flow))
+    for bound, read in flow:
+        late = ever & read - known
+        found += [f"{name} is read by a cell above the one that binds it" for name in sorted(late)]
+        known |= bound
+
     if path.stat().st_size >= 2**20:
         found.append("is larger than 1 MiB")
     if sum("image/png" in output.get("data", {}) for cell in listed for output in cell.outputs) < 3:
@@ -133,6 +140,10 @@ DAMAGES = {
     ),
     "a path of a machine": lambda nb: _output(
         nb, {"output_type": "stream", "name": "stdout", "text": "in /home/me/x.py"}
+    ),
+    "late_name is read by a cell above": lambda nb: (
+        code(nb)[-2].update(source="def early():\n    return late_name"),
+        code(nb)[-1].update(source="late_name = 1"),
     ),
     "is larger than 1 MiB": lambda nb: _output(
         nb, {"output_type": "stream", "name": "stdout", "text": "x" * 2**20}
