@@ -83,9 +83,15 @@ def _script(model: nn.Module, calibration: list[torch.Tensor], folder: Path, abo
         warnings.simplefilter("ignore")  # that a trace holds what Python decided: it is compared afterwards
         try:
             traced = torch.jit.trace(model, calibration[0], check_trace=False)
-            torch.jit.save(torch.jit.freeze(traced.eval()), folder / FILES["script"])
         except Exception as error:  # whatever the tracer has to say of the model
             raise ArtefactError(f"{type(model).__name__} cannot be traced: {_first_line(error)}") from error
+        frozen = torch.jit.freeze(traced.eval())
+        try:
+            frozen(calibration[0])
+        except RuntimeError as error:  # the interpreter gives its reason last
+            reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
+            raise ArtefactError(f"{type(model).__name__} does not run as a script: {reason}") from error
+        torch.jit.save(frozen, folder / FILES["script"])
 
 
 def _program(model: nn.Module, calibration: list[torch.Tensor], folder: Path, about: About) -> None:

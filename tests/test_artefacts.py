@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from companion import artefacts, models
+from companion import artefacts, models, variants
 from companion.artefacts import About, ArtefactError
 
 
@@ -134,6 +134,13 @@ class Branches(nn.Module):
 class Dictionary(nn.Module):
     def forward(self, x):
         return {"y": x, 3: [x]}
+
+
+def test_a_script_that_fails_when_it_runs_says_why(tmp_path):
+    sequences = torch.randn(2, 28, 28)
+    model = variants.Autocast(models.LSTMClassifier(28), torch.bfloat16, "cpu").eval()
+    with pytest.raises(ArtefactError, match="not run as a script: mat1 and mat2 must have the same"):
+        artefacts.save(model, [sequences], tmp_path / "it", About("script", "it", (28, 28), "float32"))
 
 
 @pytest.mark.parametrize(
