@@ -18,7 +18,7 @@ export JUPYTER_RUNTIME_DIR := $(HOME_OF_TOOLS)/jupyter-runtime
 export MPLCONFIGDIR := $(HOME_OF_TOOLS)/matplotlib
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: site test-lab test-colab links run test test-all test-units begin-test lint units notebooks-in-other-ways nbval lab bench store doctor clean help
+.PHONY: site preflight test-preflight test-lab test-colab links run test test-all test-units begin-test lint units notebooks-in-other-ways nbval lab bench store doctor clean help
 
 help:
 	@echo "make run     run all notebooks; executed copies and a report go to results/"
@@ -26,6 +26,8 @@ help:
 	@echo "make test-units    lint and unit tests"
 	@echo "make test-all STACK=newest    on the newest stack too, all that the reference stack is tested with"
 	@echo "make test-lab    every notebook in JupyterLab, in a real browser (needs chromium or google-chrome)"
+	@echo "make preflight    the environment in which a TPU's compiler runs without a TPU"
+	@echo "make test-preflight    all that is asked of that compiler"
 	@echo "make test-colab  every notebook in environments such as Colab's"
 	@echo "make site    the lessons as web pages, in build/site"
 	@echo "make lab     open the notebooks in JupyterLab"
@@ -36,8 +38,14 @@ help:
 	@echo "make clean   remove what these made"
 	@echo "Each with STACK=newest: on today's torch instead of the reference stack"
 
+# Google's TPU compiler: its jax must not meet torch_xla's.
+PREFLIGHT := .venv-preflight/.ready
+
 $(READY): pyproject.toml $(CONSTRAINTS.$(STACK)) setup.sh
 	@./setup.sh $(STACK) $(VENV) $(CONSTRAINTS.$(STACK))
+
+$(PREFLIGHT): pyproject.toml constraints.txt setup.sh
+	@./setup.sh preflight .venv-preflight constraints.txt
 
 # RUN_JOBS=2: two notebooks at once, where figures do not matter.
 RUN_JOBS ?= 1
@@ -77,7 +85,8 @@ lint: $(READY)
 	$(PYTHON_IN) -m ruff check .
 	$(PYTHON_IN) -m ruff format --check .
 
-units: $(READY) lint
+# The compiler is tested once, with the reference stack, where it runs.
+units: $(READY) lint $(if $(filter Linux-x86_64-reference,$(shell uname -sm | tr ' ' -)-$(STACK)),$(PREFLIGHT))
 	@mkdir -p $(TEST_FILES)
 	$(if $(UNITS),$(PYTEST) --dist loadfile $(SELECT) $(UNITS))
 
@@ -91,6 +100,11 @@ nbval: $(READY) notebooks-in-other-ways
 # A reader's way: no limit to one thread.
 test-lab: $(READY)
 	COMPANION_LAB=all $(PYTHON_IN) -m pytest tests/test_lab.py
+
+preflight: $(PREFLIGHT)
+
+test-preflight: $(READY) $(PREFLIGHT)
+	COMPANION_PREFLIGHT_ALL=yes $(PYTHON_IN) -m pytest tests/test_preflight.py
 
 test-colab: $(READY)
 	@$(PYTHON_IN) tests/colab.py
@@ -116,5 +130,5 @@ doctor: $(READY)
 	@$(PYTHON_IN) -m companion doctor
 
 clean:
-	rm -rf .venv .venv-newest results notebooks/results notebooks/data build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-preflight results notebooks/results notebooks/data build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

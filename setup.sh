@@ -26,6 +26,7 @@ fi
 mkdir -p "$venv/var" # where the Makefile sends what Jupyter, IPython and matplotlib would write to the home folder
 echo "Installing the $stack stack into $venv (about 8 GB on Linux, some minutes) ..."
 wanted='.[notebooks,dev,compress,peers,tune]'
+if [ "$stack" = preflight ]; then wanted='.[preflight]'; fi
 if [ "$stack" = reference ]; then
     wanted='.[notebooks,dev,compress,peers,tune,site,xla]' # the last torch_xla needs the reference stack's torch
 fi
@@ -44,5 +45,7 @@ if [ "$("$venv/bin/python" -c 'from companion import host; print(host.tpu_chips(
     UV_SYSTEM_CERTS=1 "$venv/bin/python" -m uv pip install --quiet --python "$venv/bin/python" \
         --constraint "$venv/constraints-tpu.txt" "$needed"
 fi
-"$venv/bin/python" -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (accelerating-pytorch)" >/dev/null
+if [ "$stack" != preflight ]; then
+    "$venv/bin/python" -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (accelerating-pytorch)" >/dev/null
+fi
 touch "$venv/.ready"

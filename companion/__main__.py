@@ -1,4 +1,4 @@
-"""Command line: python -m companion list | run | doctor | store | links | skips | fastest."""
+"""Command line: python -m companion list | run | doctor | store | links | skips | fastest | preflight."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from companion import batches, checks, executed, fastest_command, jobs, ledger, runner
+from companion import batches, checks, executed, fastest_command, jobs, ledger, preflight_command, runner
 
 
 def _headline(notebook: Path) -> tuple[str, dict]:
@@ -199,6 +199,7 @@ def main(words: list[str] | None = None) -> int:
                 help="each run a task of this Ray cluster, or of a local one: local",
             )
     fastest_command.add(commands)
+    preflight_command.add(commands)
     words, given = _parameters(sys.argv[1:] if words is None else words, parser)
     arguments = parser.parse_args(words)
     if given and arguments.command is not run:

@@ -1,10 +1,11 @@
 """The command `python -m companion fastest package.module:build --input 1x3x224x224 --evaluate ...`."""
 
 import argparse
-import importlib
 import json
 import sys
 from pathlib import Path
+
+from companion import given
 
 
 def add(commands) -> argparse.ArgumentParser:
@@ -42,15 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
     for path in (arguments.save, arguments.json):
         if path and path.exists():
             raise ValueError(f"{path} is there already")
-    build = named(arguments.build)
-    model = build() if not hasattr(build, "parameters") else build
+    model = given.model(arguments.build)
     found = fastest.search(
         model,
-        inputs(arguments.input),
-        named(arguments.evaluate),
+        given.inputs(arguments.input),
+        given.named(arguments.evaluate),
         arguments.budget,
-        fine_tune=named(arguments.fine_tune) if arguments.fine_tune else None,
-        batch_sizes=sizes(arguments.batch_sizes),
+        fine_tune=given.named(arguments.fine_tune) if arguments.fine_tune else None,
+        batch_sizes=given.sizes(arguments.batch_sizes),
         threads=arguments.threads,
         seconds=arguments.seconds,
         names=[name.strip() for name in arguments.only.split(";")] if arguments.only else None,
@@ -61,42 +61,3 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.save and found.winner is not found.plain:
         print(f"saved: {found.save(arguments.save)}; artefacts.load({str(arguments.save)!r}) reads it")
     return 0
-
-
-def named(where: str) -> object:
-    """What a MODULE:NAME is. Raises ValueError where there is none."""
-    module, colon, name = where.partition(":")
-    if not colon or not module or not name:
-        raise ValueError(f"{where!r} is not of the form package.module:name")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ValueError(f"{where}: {error}") from error
-    except AttributeError as error:
-        raise ValueError(f"{where}: there is no {name!r} in {module}") from error
-
-
-def inputs(text: str):
-    """A batch of inputs: random numbers of a shape, or what a function gives."""
-    import torch
-
-    if ":" in text:
-        given = named(text)
-        return given() if callable(given) else given
-    try:
-        shape = [int(number) for number in text.split("x")]
-    except ValueError as error:
-        raise ValueError(
-            f"--input {text!r} is neither a shape such as 64x3x224x224 nor MODULE:NAME"
-        ) from error
-    if len(shape) < 2 or min(shape) < 1:
-        raise ValueError(f"--input {text!r}: a batch has two dimensions at least, each 1 or more")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def sizes(text: str) -> list[int]:
-    """Numbers apart by commas. Raises ValueError for others."""
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--batch-sizes {text!r}: give whole numbers, as 1,64") from error
