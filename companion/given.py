@@ -17,7 +17,10 @@ def named(where: str) -> object:
 
 
 def model(where: str):
-    """The model that a MODULE:NAME is, or makes if it is a class or a function. Raises ValueError for others."""
+    """The model that a MODULE:NAME is, or makes where it is a class or a function.
+
+    Raises ValueError for what is no model.
+    """
     from torch import nn
 
     found = named(where)
