@@ -27,12 +27,13 @@ from companion.preflight_compiler import PreflightError as PreflightError
 from companion.preflight_compiler import why_not as why_not
 from companion.preflight_words import Problem as Problem
 from companion.preflight_words import Verdict as Verdict
+from companion.preflight_words import read as read
 
 CACHE = Path("results", "preflight")
 LAYOUTS = ("replicated", "sharded")
 DTYPES = ("float32", "bfloat16")
 FORMAT = 1
-TRIES, TOLERANCE, MOST = 6, 0.02, 2**24  # compilations after the first; of a batch; samples
+TRIES, TOLERANCE, MOST = 8, 0.02, 2**24  # compilations after the first; of a batch; samples
 Inputs = torch.Tensor | tuple[torch.Tensor, ...]
 
 
@@ -151,13 +152,19 @@ def _line(fits: list[Verdict], batch: int) -> float:
 
 
 def _next(fits: list[Verdict], refused: Verdict | None) -> int:
-    """The batch that fills a device by the line through two that fit, or through the last of these and what
-    was refused.
+    """The batch that fills a device by the line through two that fit; where that was refused, one between:
+    by the line to what was refused if that is near, else their geometric mean.
     """
     last = fits[-1]
-    other = refused or fits[0]
-    each = (other.needed_bytes - last.needed_bytes) / (other.batch - last.batch) if other is not last else 0
-    batch = int(last.batch + (last.memory_bytes - last.needed_bytes) / each) if each > 0 else MOST
+    room, batch = last.memory_bytes - last.needed_bytes, MOST
+    each = _line(fits, last.batch + 1) - last.needed_bytes if len(fits) > 1 else 0.0
+    if each > 0:
+        batch = int(last.batch + room / each)
+    if refused and batch >= refused.batch:
+        batch = math.isqrt(last.batch * refused.batch)
+        if refused.batch < 2 * last.batch:
+            each = (refused.needed_bytes - last.needed_bytes) / (refused.batch - last.batch)
+            batch = int(last.batch + (1 - TOLERANCE / 2) * room / each)
     return min(batch, MOST) // last.devices * last.devices
 
 

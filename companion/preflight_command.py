@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from companion import given
@@ -65,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         found = preflight.check(model, inputs, target, optimizer, **options)
         print(found)
         if arguments.json:
-            text = json.dumps(asdict(found), indent=1)
+            text = json.dumps(found.numbers(), indent=1)
             arguments.json.write_text(text + "\n", encoding="utf-8")
         if arguments.largest_batch and found.fits:
             print(preflight.largest_batch(model, inputs, target, optimizer, **options))

@@ -3,11 +3,11 @@
 import linecache
 import re
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from companion import tables, tpu
-from companion.preflight_chips import Chip
+from companion.preflight_chips import CHIPS, Chip
 
 VALUES = (
     "a decision by a tensor's value (if, while, float(), item(), a range): the program is made before values "
@@ -40,7 +40,7 @@ KINDS = {
     "NotImplementedError": OPERATOR,
 }
 NOT_THEIRS = re.compile(r"/(torch|torchax|jax|jaxlib|functorch)/|preflight_child\.py$|^<")
-# The compiler's two ways to say that it does not fit: all that is needed, or the temporary tensors alone.
+# The compiler's two ways to say that it does not fit, both of all that is needed.
 NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of|for HLO temporaries \(([\d.]+)([KMGT])\) exceeds")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -64,7 +64,7 @@ class Problem:
 class Verdict:
     """What Google's compiler said of a step on so many chips; all numbers are of one device and one step.
 
-    `needed_bytes` of `memory_bytes` are taken (at least, where it does not fit); `weight_bytes` are its
+    `needed_bytes` of `memory_bytes` are taken; `weight_bytes` are its
     arguments: weights, the optimizer's state, the batch. `flops` and `moved_bytes` are counted by the
     compiler. `estimate` are the seconds that it expects of the operators that it knows, a lower bound; of
     `unknown` others it knows nothing.
@@ -89,6 +89,10 @@ class Verdict:
     collectives: tuple[tpu.Collective, ...] = ()
     compile_seconds: float = 0.0
     compiler_bytes: float = 0.0
+
+    def numbers(self) -> dict[str, object]:
+        """All of it as JSON can hold it, for `read`."""
+        return asdict(self) | {"chip": self.chip.name}
 
     @property
     def compiles(self) -> bool:
@@ -145,7 +149,7 @@ class Verdict:
             return f"{head}: does not compile: {self.problem}"
         gib = f"{self.needed_bytes / 2**30:.2f} of {self.memory_bytes / 2**30:.2f} GiB a device"
         if not self.fits:
-            return f"{head}: does not fit: it needs at least {gib}"
+            return f"{head}: does not fit: it needs {gib}"
         unknown = f"; {self.unknown} operators are unknown to it" if self.unknown else ""
         lines = [
             f"{head}: compiles and fits, {gib}",
@@ -188,6 +192,13 @@ class Verdict:
             ("and memory (GiB)", f"{self.compiler_bytes / 2**30:.1f}"),
         ]
         return tables.Table(("a device, a step", "value"), rows)
+
+
+def read(numbers: dict) -> Verdict:
+    """A verdict from its `numbers`."""
+    problem = numbers["problem"] and Problem(**numbers["problem"])
+    messages = tuple(tpu.Collective(**one) for one in numbers["collectives"])
+    return Verdict(**numbers | {"chip": CHIPS[numbers["chip"]], "problem": problem, "collectives": messages})
 
 
 def verdict(answer: dict, chip: Chip, **about: object) -> Verdict:
