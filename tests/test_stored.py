@@ -58,7 +58,7 @@ def test_stored_results_belong_to_their_notebook(path):
     kept, source = json.loads(path.read_text()), "".join(cell.source for cell in notebook.cells)
     assert kept
     for name, entry in kept.items():
-        asked = re.search(f"here\\([\"']{name}[\"'], ", source)
+        asked = re.search(f"(?:here|compiler)\\([\"']{name}[\"'], ", source)
         assert asked, f"no cell of {path.stem} asks for {name!r}: delete it"
         assert entry["versions"] == notebook.metadata.companion.environment.versions, (
             f"{name!r} is older than the outputs"

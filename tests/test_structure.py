@@ -200,7 +200,12 @@ def test_a_notebook_imports_the_ground_its_own_technique_and_what_that_may_use(p
     own = {technique, *TECHNIQUES.get(technique, ())} | {room for room in TECHNIQUES if technique in room}
     # Threads are compared with processes; weights of few bits belong to 08, and 09 packs them.
     compares = {"05": {"clusters"}, "06": {"cluster_scripts", "machines", "network", "recoveries"}}
-    compares |= {"02": {"ddp"}, "04": {"ddp"}, "10": {"fastest", "quantization"}}
+    compares |= {
+        "01": {"preflight", "preflight_figures"},
+        "02": {"ddp"},
+        "04": {"ddp"},
+        "10": {"fastest", "quantization"},
+    }
     compares |= {"08": {"artefacts", "fastest", "low_bits"}}
     compares |= {"09": {"fastest", "low_bits", "packing", "quantization"}}
     source = "\n".join(cells.plain(cell.source) for cell in cells.code(nbformat.read(path, 4)))
