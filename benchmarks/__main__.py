@@ -22,6 +22,7 @@ NAMES = (
     "pruning",
     "fastest",
     "runner",
+    "preflight",
 )
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ".venv-preflight"
 WHERE = "COMPANION_PREFLIGHT"  # an environment variable: another environment's Python
 NEEDED = ("jax", "libtpu", "torchax")
-LOOK_SECONDS = 0.2
+LOOK_SECONDS, WEIGH_SECONDS = 0.2, 1.0  # weighing a large process takes a while itself
 
 
 class PreflightError(RuntimeError):
@@ -86,11 +86,12 @@ def _answered(python: Path, folder: Path, limit_seconds: float, limit_bytes: flo
             env={**others, "PYTHONPATH": path},
             start_new_session=True,
         )
-    start, most = time.monotonic(), 0
+    start, weighed, most = time.monotonic(), 0.0, 0
     bar = tqdm(total=None, bar_format="{desc} {elapsed}", leave=False, disable=not progress)
     try:
         while child.poll() is None:
-            most = max(most, host.memory_bytes(child.pid))
+            if time.monotonic() - weighed > WEIGH_SECONDS:
+                most, weighed = max(most, host.memory_bytes(child.pid)), time.monotonic()
             if most > limit_bytes:
                 raise PreflightError(f"compiling took more than {limit_bytes / 2**30:.1f} GiB of memory")
             if time.monotonic() - start > limit_seconds:

@@ -150,7 +150,7 @@ class Verdict:
         gib = f"{self.needed_bytes / 2**30:.2f} of {self.memory_bytes / 2**30:.2f} GiB a device"
         if not self.fits:
             return f"{head}: does not fit: it needs {gib}"
-        unknown = f"; {self.unknown} operators are unknown to it" if self.unknown else ""
+        unknown = f"; operators unknown to it: {self.unknown}" if self.unknown else ""
         lines = [
             f"{head}: compiles and fits, {gib}",
             f"{self.flops:.3g} FLOP, {self.moved_bytes:.3g} bytes: {self.intensity:.1f} FLOP/byte, "

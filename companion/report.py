@@ -17,8 +17,17 @@ from companion.ledger import Outcome
 
 TABLE, FIGURES = "results.csv", "figures"
 THUMBNAILS = 4  # figures of each notebook that the page shows
-STYLE = """body{font:15px sans-serif;margin:2em} td,th{padding:.2em .8em;text-align:left;vertical-align:top}
-th{cursor:pointer} .failed{color:#b00} img{height:70px;margin:2px;border:1px solid #ddd}"""
+# The colours and fonts of the site: light or dark as the reader's system is; on a phone tables scroll by themselves.
+STYLE = """:root{--text:#323232;--ground:#fff;--soft:#f3f4f5;--line:#d1d5da;--link:#176de8;--bad:#b00}
+@media (prefers-color-scheme:dark){
+:root{--text:#ced6dd;--ground:#121212;--soft:#29313d;--line:#48566b;--link:#528fe4;--bad:#ff7b72}}
+body{font:1rem/1.65 -apple-system,BlinkMacSystemFont,"Segoe UI","Helvetica Neue",Arial,sans-serif;
+color:var(--text);background:var(--ground);max-width:88rem;margin:0 auto;padding:1rem;overflow-wrap:anywhere}
+a{color:var(--link)} h1{font-size:2rem;line-height:1.15} .failed{color:var(--bad)}
+table{display:block;overflow-x:auto;border-collapse:collapse;font-size:.875rem;overflow-wrap:normal}
+td,th{padding:.3em .8em;vertical-align:top;border-bottom:1px solid var(--line)}
+th{cursor:pointer;background:var(--soft)} tr:nth-child(2n){background:var(--soft)}
+img{height:70px;margin:2px;border:1px solid var(--line);border-radius:4px;background:#fff}"""
 # A click on a head sorts by that column: numbers by size, texts by the alphabet.
 SORT = """document.querySelectorAll("th").forEach(head => head.onclick = () => {
   const table = head.closest("table"), place = [...head.parentNode.children].indexOf(head);
@@ -51,6 +60,7 @@ def page(outcomes: Sequence[Outcome], rows: list[dict], folder: Path) -> str:
     doubt = f"<p class='failed'>{said}</p>" if busy else ""
     ended, measured = tables.Table(head, lines)._repr_html_(), scoreboard.table(rows)._repr_html_()
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Notebooks</title>
+<meta name="viewport" content="width=device-width,initial-scale=1">
 <style>{STYLE}</style>
 <h1>{len(outcomes)} notebooks run, {failed} failed</h1>
 {ended}

@@ -8,6 +8,7 @@ import random
 import nbformat
 import pytest
 import runner_kills
+from justhtml import JustHTML
 from nbformat.v4 import new_code_cell, new_notebook
 from test_runner import call, write
 
@@ -195,6 +196,7 @@ def test_the_page_shows_figures_and_sorts(notebooks, tmp_path):
     assert "<img src='figures/01_draws-1.png' loading='lazy' alt='figure 1 of 01_draws'>" in page
     assert (out / "figures" / "01_draws-1.png").read_bytes() == base64.b64decode(dot)
     assert "head.onclick" in page
+    assert not JustHTML(page, collect_errors=True, sanitize=False).errors, "what a browser would have to mend"
 
 
 def test_what_reads_the_others_records_runs_after_them(notebooks, tmp_path):

@@ -18,6 +18,7 @@ from benchmarks import (
     launch,
     model_parallel,
     multi_machine,
+    preflight,
     pruning,
     quantization,
     ray_tune,
@@ -41,6 +42,9 @@ XLA = ["XLA on CPU, LeNet5"]
 if devices.why_not("xla") is None:
     XLA = ["XLA on CPU, LeNet5, batch 64", "compilations of 20 steps"]
     XLA += [f"steps lost in 20 to: {name}" for name in tpu.MISTAKES]
+COMPILER = ["TPU compiler: not measured, the TPU compiler"]
+if preflight.preflight.why_not() is None:
+    COMPILER = ["TPU compiler, MLP, training step", "TPU compiler, MLP, the same again"]
 
 
 def trained_once(seed):
@@ -92,6 +96,7 @@ def _small(monkeypatch, tmp_path):
     smaller = {"CASES": {"LeNet5": (quantization.models.LeNet5, (3, 32, 32), (1,))}, "THREADS": (1,)}
     for constant, value in {**smaller, "NAMES": ["script"], "ROUNDS": 3}.items():
         monkeypatch.setattr(fastest, constant, value)
+    monkeypatch.setattr(preflight, "CASES", {"MLP": (preflight.mlp, (64, 1024), 15)})
     name, _, make = quantization.ACCURACIES[0]
     monkeypatch.setattr(quantization, "ACCURACIES", [(name, trained_once, make)])
     modules = [
@@ -107,7 +112,7 @@ def _small(monkeypatch, tmp_path):
     ]
     monkeypatch.setattr(runner, "SEVERAL", ["short", "short too"])
     monkeypatch.setattr(runner, "smaller", lambda stem: runner.jobs.Job(short_notebook(tmp_path), {}, stem))
-    for module in (*modules, ray_tune, quantization, pruning, runner):
+    for module in (*modules, ray_tune, quantization, pruning, runner, preflight):
         monkeypatch.setattr(
             module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1)
         )
@@ -174,6 +179,7 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         *[row["what"].split(" (")[0] for row in written["rows"] if "threads: picks" in row["what"]],
         "the runner, 02_data_parallel with small parameters",
         "2 notebooks with small parameters, two at once",
+        *COMPILER,
     ]
     assert any("x smaller" in row["what"] for row in written["rows"])
     assert sum("2 stages cut after" in row["what"] for row in written["rows"]) == 2

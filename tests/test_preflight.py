@@ -246,7 +246,7 @@ def test_numbers_of_a_verdict(asked):
     assert verdict.bound == "memory"
     assert verdict.roofline == pytest.approx(1e7 / 819e9)
     assert verdict.share_of_peak == pytest.approx(2e9 / 197e12 / verdict.roofline)
-    assert "2 operators are unknown to it" in str(verdict)
+    assert "operators unknown to it: 2" in str(verdict)
     faster = replace(verdict, flops=4e9)
     assert faster.bound == "compute"
     assert faster.roofline == pytest.approx(4e9 / 197e12)

@@ -15,6 +15,7 @@ import nbformat
 import pytest
 from cells import NOTEBOOKS
 from conftest import ROOT
+from justhtml import JustHTML
 from test_lab import BROWSER
 
 pytest.importorskip("sphinx_book_theme", reason="needs the extra `site`, which the reference stack has")
@@ -107,6 +108,15 @@ def test_every_picture_has_a_text_and_loads_late(pages):
             assert picture.get("alt", "").strip(), f"{name}: {picture}"
             assert not picture["alt"].endswith(".png"), f"{name}: {picture}"
             assert picture.get("loading") == "lazy", f"{name}: {picture}"
+
+
+def test_pages_are_valid(site, pages):
+    """By the algorithm with which browsers read HTML: nothing that they would have to mend."""
+    assert JustHTML("<!doctype html><p>a</b>", collect_errors=True).errors  # it would tell
+    for name in [name for name in pages if not name.startswith("_static/")]:  # parts of pages, the theme's
+        text = (site / name).read_text(encoding="utf-8")
+        found = JustHTML(text, collect_errors=True, sanitize=False).errors
+        assert not found, f"{name}: {found[:3]}"
 
 
 def test_pages_are_small(site):
