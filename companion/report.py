@@ -17,7 +17,7 @@ from companion.ledger import Outcome
 
 TABLE, FIGURES = "results.csv", "figures"
 THUMBNAILS = 4  # figures of each notebook that the page shows
-# The colours and fonts of the site: light or dark as the reader's system is; on a phone tables scroll by themselves.
+# The site's colours and fonts, light or dark as the reader's system is; on a phone tables scroll.
 STYLE = """:root{--text:#323232;--ground:#fff;--soft:#f3f4f5;--line:#d1d5da;--link:#176de8;--bad:#b00}
 @media (prefers-color-scheme:dark){
 :root{--text:#ced6dd;--ground:#121212;--soft:#29313d;--line:#48566b;--link:#528fe4;--bad:#ff7b72}}
