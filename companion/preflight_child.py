@@ -90,7 +90,10 @@ def _running_statistics(module, inputs, output):
     (x,) = inputs
     axes = [axis for axis in range(x.dim()) if axis != 1]
     share = module.momentum if module.momentum is not None else 1 / module.num_batches_tracked.float()
-    for kept, now in ((module.running_mean, x.mean(axes)), (module.running_var, x.var(axes))):
+    # As BatchNorm itself computes them, so that the compiler does so once; then unbiased, as they are kept.
+    count = x.numel() / x.shape[1]
+    variance = x.var(axes, correction=0) * (count / (count - 1))
+    for kept, now in ((module.running_mean, x.mean(axes)), (module.running_var, variance)):
         kept.mul_(1 - share).add_(share * now.detach().to(kept.dtype))
 
 
