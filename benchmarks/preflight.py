@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+import torchvision
 from torch import nn
 
 from companion import devices, measure, models, preflight
@@ -20,7 +21,8 @@ def mlp() -> nn.Module:
 CASES = {
     "MLP 1024-4096-1024": (mlp, (64, 1024), 15),
     "LeNet5": (models.LeNet5, (64, 3, 32, 32), 45),
-    "ResNet-18, 64 px": (models.resnet18, (64, 3, 64, 64), 40),
+    "ResNet-18, 64 px": (torchvision.models.resnet18, (64, 3, 64, 64), 40),
+    "ResNet-18 for small images, 64 px": (models.resnet18, (64, 3, 64, 64), None),  # nobody agreed on that
 }
 KEPT_SECONDS = 0.5
 
@@ -37,21 +39,21 @@ def asked(build, shape: tuple[int, ...], folder: str) -> float:
     return time.perf_counter() - start
 
 
-def row(what: str, seconds: list[float], limit: float) -> dict:
+def row(what: str, seconds: list[float], limit: float | None) -> dict:
     taken = measure.Spread.of(seconds) if seconds else None
     return {
         "what": what,
         "plain": "-",
         "ours": f"{taken:.2f}" if taken else "-",
-        "limit": f"{limit:g} (agreed)",
+        "limit": f"{limit:g} (agreed)" if limit else "-",
         "against plain": "-",
-        "of the limit": f"{taken.median / limit:.0%}" if taken else "-",
+        "of the limit": f"{taken.median / limit:.0%}" if taken and limit else "-",
     }
 
 
 def measure_all(rounds: int = ROUNDS) -> Iterator[dict]:
     if reason := preflight.why_not():
-        yield row(f"TPU compiler: not measured, {reason}", [], next(limit for *_, limit in CASES.values()))
+        yield row(f"TPU compiler: not measured, {reason}", [], None)
         return
     devices.set_threads(1)
     for name, (build, shape, limit) in CASES.items():
