@@ -65,7 +65,8 @@ def check(
     cannot be asked, PreflightError where there is no compiler, or it gives no answer within the limits.
     """
     known, inputs = preflight_chips.chip(chip, chips), _inputs(example_input)
-    _checked(model, inputs, target, optimizer, known.devices_per_chip * chips, dtype, layout)
+    _checked(inputs, target, optimizer, known.devices_per_chip * chips, dtype, layout)
+    _rehearsed(model, inputs, target, loss)
     trained = None if optimizer is None else groups(model, optimizer)
     content = {
         "model": model,
@@ -179,7 +180,7 @@ def _inputs(example: Inputs) -> tuple[torch.Tensor, ...]:
     return inputs
 
 
-def _checked(model, inputs, target, optimizer, devices: int, dtype: str, layout: str) -> None:
+def _checked(inputs, target, optimizer, devices: int, dtype: str, layout: str) -> None:
     """Raises ValueError for what cannot be asked."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: give one of {', '.join(DTYPES)}")
@@ -195,15 +196,28 @@ def _checked(model, inputs, target, optimizer, devices: int, dtype: str, layout:
         raise ValueError(
             f"the first dimension of each input and of the target is shared by {devices} devices"
         )
-    with torch.no_grad():
-        meta = _meta(model)
-        try:
-            meta(*(one.to("meta") for one in inputs))
-        except (RuntimeError, TypeError, ValueError) as error:
-            if "meta" in str(error).lower():
-                return  # its code asks for values; the compiler will say where
-            shapes = ", ".join(str(list(one.shape)) for one in inputs)
-            raise ValueError(f"{type(model).__name__} does not take {shapes}: {error}") from error
+
+
+def _rehearsed(model, inputs, target, loss) -> None:
+    """The step's forward on the meta device, which computes nothing. Raises ValueError where shapes or types
+    do not fit; where the code asks for values, the compiler will say where.
+    """
+    meta, given = _meta(model), [one.to("meta") for one in inputs]
+    shapes = ", ".join(str(list(one.shape)) for one in inputs)
+    what = f"{type(model).__name__} does not take {shapes}"
+    try:
+        with torch.no_grad():
+            output = meta(*given)
+            if target is None:
+                return
+            what = f"loss(output, target) fails for a target {list(target.shape)}"
+            value = loss(output, target.to("meta"))
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if "meta" in str(error).lower():
+            return
+        raise ValueError(f"{what}: {error}") from error
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        raise ValueError(f"loss(output, target) must be one number, not {getattr(value, 'shape', value)}")
 
 
 def _meta(model: nn.Module) -> nn.Module:

@@ -26,7 +26,8 @@ color:var(--text);background:var(--ground);max-width:88rem;margin:0 auto;padding
 a{color:var(--link)} h1{font-size:2rem;line-height:1.15} .failed{color:var(--bad)}
 table{display:block;overflow-x:auto;border-collapse:collapse;font-size:.875rem;overflow-wrap:normal}
 td,th{padding:.3em .8em;vertical-align:top;border-bottom:1px solid var(--line)}
-td:has(img){min-width:20rem} th{cursor:pointer;background:var(--soft)} tr:nth-child(2n){background:var(--soft)}
+td:has(img){min-width:20rem} th{cursor:pointer;background:var(--soft)}
+tr:nth-child(2n){background:var(--soft)}
 img{height:70px;margin:2px;border:1px solid var(--line);border-radius:4px;background:#fff}"""
 # A click on a head sorts by that column: numbers by size, texts by the alphabet.
 SORT = """document.querySelectorAll("th").forEach(head => head.onclick = () => {

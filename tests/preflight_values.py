@@ -54,6 +54,8 @@ def cases():
     words = torch.randint(0, 50, (4, 6))
     # No Adam here: a bias of attention's keys has a gradient of 0 but for rounding, which Adam scales up.
     yield "tied embedding", Tied(), words, words.flatten(), sgd, options
+    sequences = torch.randn(4, 5, 6)
+    yield "LSTM", models.LSTMClassifier(6, 8), sequences, torch.randint(0, 10, (4,)), adamw, {"lr": 1e-2}
     yield "BatchNorm, Adam", normalised(), images, labels, adam, {"lr": 1e-2, "weight_decay": 0.01}
 
 

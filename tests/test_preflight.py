@@ -57,6 +57,19 @@ def test_inputs_that_the_model_does_not_take_are_refused():
     model = mlp()
     with pytest.raises(ValueError, match=r"Sequential does not take \[64, 100\]: .*256"):
         preflight.check(model, torch.zeros(64, 100), TARGET, sgd(model))
+    named = {"logits": nn.Linear(256, 10)}
+
+    class Named(nn.ModuleDict):
+        def forward(self, x):
+            return {name: part(x) for name, part in self.items()}
+
+    net = Named(named)
+    with pytest.raises(
+        ValueError, match=r"loss\(output, target\) fails for a target \[64\]: .*must be Tensor, not dict"
+    ):
+        preflight.check(net, BATCH, TARGET, sgd(net))
+    with pytest.raises(ValueError, match=r"must be one number, not torch.Size\(\[64\]\)"):
+        preflight.check(model, BATCH, TARGET, sgd(model), loss=lambda output, target: output.sum(1))
     with pytest.raises(ValueError, match="example_input is a batch"):
         preflight.check(model, (), TARGET, sgd(model))
     with pytest.raises(ValueError, match="a training step needs a target and an optimizer"):
