@@ -162,6 +162,7 @@ print(preflight_key.key(Net()))
 """
 
 
+@pytest.mark.once
 def test_code_of_a_notebook_counts_with_what_it_calls():
     """A helper of the model's changes the key; another process does not."""
 
@@ -315,6 +316,7 @@ def test_an_answer_comes_with_the_program_and_what_it_cost(tmp_path, monkeypatch
 # The real compiler.
 
 
+@pytest.mark.once
 @needs_compiler
 def test_a_step_equals_pytorchs_own():
     command = [str(preflight_compiler.interpreter()), "-m", "tests.preflight_values"]
@@ -392,6 +394,7 @@ def command(*words, **options):
     return subprocess.run(run, capture_output=True, text=True, cwd=preflight_compiler.ROOT, **options)
 
 
+@pytest.mark.once
 def test_the_command_refuses_in_one_line():
     for words, said in (
         (["companion.nowhere:build", "--input", "4x3"], "No module named 'companion.nowhere'"),
