@@ -48,7 +48,7 @@ TOGETHER = {
         ({"world_size": 9}, "world_size=9 .*8 or less"),
         ({"micro_batches": 1}, "micro_batches=1 .*2 or more"),
         ({"batch_size": 60}, "batch_size=60 must be a multiple of 8"),
-        ({"counts": "5,7"}, "counts='5,7' .*divide timed_batch=96"),
+        ({"counts": "5,7"}, "counts='5,7' .*divide timed_batch=64"),
     ],
     "05_hybrid": [
         ({"world_size": 3}, "world_size=3 must be a multiple of 2"),
