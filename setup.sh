@@ -37,6 +37,10 @@ else
     echo "uv could not do it; falling back to pip ..." >&2
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" --editable "$wanted"
 fi
+if [ "$stack" = preflight ]; then
+    touch "$venv/.ready"
+    exit
+fi
 # On a TPU: torch_xla's own libtpu, which is older than the pinned one, or on the newest stack torch_tpu.
 if [ "$("$venv/bin/python" -c 'from companion import host; print(host.tpu_chips() > 0)')" = True ]; then
     needed='torch_tpu==0.2.*'
@@ -45,7 +49,5 @@ if [ "$("$venv/bin/python" -c 'from companion import host; print(host.tpu_chips(
     UV_SYSTEM_CERTS=1 "$venv/bin/python" -m uv pip install --quiet --python "$venv/bin/python" \
         --constraint "$venv/constraints-tpu.txt" "$needed"
 fi
-if [ "$stack" != preflight ]; then
-    "$venv/bin/python" -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (accelerating-pytorch)" >/dev/null
-fi
+"$venv/bin/python" -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (accelerating-pytorch)" >/dev/null
 touch "$venv/.ready"

@@ -10,16 +10,9 @@ from companion import given
 
 def add(commands) -> argparse.ArgumentParser:
     """Adds the command to those of the parser."""
-    sub = commands.add_parser("fastest", help=run.__doc__.splitlines()[0], description=run.__doc__)
-    sub.set_defaults(command=run)
-    sub.add_argument("build", metavar="MODULE:NAME", help="a function that gives the model, or the model")
-    sub.add_argument(
-        "--input",
-        required=True,
-        metavar="SHAPE|MODULE:NAME",
-        help="the shape of a batch, as 64x3x224x224 (random numbers: int8 is then scaled by them), or a "
-        "function that gives a batch of real inputs",
-    )
+    shape = "the shape of a batch, as 64x3x224x224 (random numbers: int8 is then scaled by them), or a "
+    shape += "function that gives a batch of real inputs"
+    sub = given.command(commands, "fastest", run, shape)
     sub.add_argument("--evaluate", required=True, metavar="MODULE:NAME", help="accuracy(model), from 0 to 1")
     sub.add_argument("--fine-tune", metavar="MODULE:NAME", help="trains a model with fewer channels")
     sub.add_argument("--budget", type=float, default=0.01, help="of accuracy (0.01: one point)")

@@ -1,6 +1,17 @@
-"""What a command line names: things in modules, batches of inputs, lists of numbers."""
+"""Commands that are about a model, and what their words name: things in modules, batches, numbers."""
 
+import argparse
 import importlib
+from collections.abc import Callable
+
+
+def command(commands, name: str, run: Callable, shape: str) -> argparse.ArgumentParser:
+    """Adds a command to those of a parser: what it runs, the model and its inputs, whose `shape` is told."""
+    sub = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__)
+    sub.set_defaults(command=run)
+    sub.add_argument("build", metavar="MODULE:NAME", help="a function that gives the model, or the model")
+    sub.add_argument("--input", required=True, metavar="SHAPE|MODULE:NAME", help=shape)
+    return sub
 
 
 def named(where: str) -> object:

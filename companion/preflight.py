@@ -61,8 +61,9 @@ def check(
     bfloat16. The batch is split over the devices; `layout` says whether each keeps all weights, or a part.
     BatchNorm sees the whole batch, not a device's share: so does XLA where one program runs on all devices.
 
-    What the compiler said is kept in `cache` by content, and then read from there. Raises ValueError for what
-    cannot be asked, PreflightError where there is no compiler, or it gives no answer within the limits.
+    What the compiler said of the model is kept in `cache` by content, and then read from there. Raises
+    ValueError for what cannot be asked, PreflightError where there is no compiler, or it gives no answer
+    within the limits.
     """
     known, inputs = preflight_chips.chip(chip, chips), _inputs(example_input)
     _checked(inputs, target, optimizer, known.devices_per_chip * chips, dtype, layout)
@@ -83,7 +84,7 @@ def check(
     if answer is None:
         answer = preflight_compiler.ask(_request(content), limit_seconds, limit_bytes, progress)
         answer = _short(answer)
-        if path:
+        if path and preflight_words.settled(answer):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
     about = {"batch": len(inputs[0]), "chips": chips, "layout": layout, "dtype": dtype}

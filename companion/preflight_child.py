@@ -10,6 +10,7 @@ while jax records it.
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -31,31 +32,32 @@ def step_of(model, loss, groups, dtype):
     gives the new parameters, buffers and state, and the loss; without `groups`, its answers alone. `buffers`
     are all tensors that are not trained.
 
-    `dtype` is bfloat16 for weights that stay float32 and are rounded where they are used; the loss is
-    computed in float32.
+    `dtype` is bfloat16 for weights that stay float32 and are rounded where they are used, trained or not,
+    and with them what BatchNorm normalises by in eval mode; the loss is computed in float32.
     """
     import jax
     import torch
     from torchax import default_env, interop
 
-    env = default_env()
-    for module in model.modules():
+    env, rounded = default_env(), {name for name, _ in model.named_parameters()}
+    for path, module in model.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            module.register_forward_hook(_running_statistics)
+            if module.training:
+                module.register_forward_hook(_running_statistics)
+            else:
+                rounded |= {f"{path}.{name}".lstrip(".") for name in ("running_mean", "running_var")}
 
-    def lower(tensors):
-        return {
-            name: value.to(torch.bfloat16) if value.is_floating_point() else value
-            for name, value in tensors.items()
-        }
+    def lower(value):
+        return value.to(torch.bfloat16) if value.is_floating_point() else value
 
     def forward(parameters, buffers, inputs, key):
         with env.override_property(prng=key):
             given, kept, values = interop.torch_view((parameters, buffers, inputs))
+            held = {**given, **kept}
             if dtype == "bfloat16":
-                given = lower(given)
-                values = tuple(lower(dict(enumerate(values))).values())
-            return torch.func.functional_call(model, {**given, **kept}, values), kept
+                held = {name: lower(value) if name in rounded else value for name, value in held.items()}
+                values = tuple(map(lower, values))
+            return torch.func.functional_call(model, held, values), kept
 
     def answers(parameters, buffers, inputs, key):
         with env:
@@ -85,8 +87,6 @@ def step_of(model, loss, groups, dtype):
 
 def _running_statistics(module, inputs, output):
     """What BatchNorm does to its running mean and variance, which torchax leaves out."""
-    if not module.training:
-        return
     (x,) = inputs
     axes = [axis for axis in range(x.dim()) if axis != 1]
     share = module.momentum if module.momentum is not None else 1 / module.num_batches_tracked.float()
@@ -234,15 +234,22 @@ def said(folder, what):
     (folder / "stage").write_text(what, encoding="utf-8")
 
 
+def _end_with_parent() -> None:
+    """Whoever asks holds the other end of the input, and that closes when it has gone, killed or not."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 def main(folder: Path) -> None:
     os.environ.update(QUIET)
     from companion.launch import pickling
 
-    said(folder, "starts")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    said(folder, "reads the question")
+    request = pickling.unpack((folder / "request").read_bytes())
+    sys.path.extend(path for path in request["path"] if path not in sys.path)
+    request |= pickling.unpack(request.pop("packed"))
     try:
-        request = pickling.unpack((folder / "request").read_bytes())
-        sys.path.extend(path for path in request["path"] if path not in sys.path)
-        request |= pickling.unpack(request.pop("packed"))
         answer = compiled(request, folder)
     except Exception as error:  # whatever the model's code or the compiler says of it
         frames = [

@@ -10,15 +10,8 @@ from companion import given
 
 def add(commands) -> argparse.ArgumentParser:
     """Adds the command to those of the parser."""
-    sub = commands.add_parser("preflight", help=run.__doc__.splitlines()[0], description=run.__doc__)
-    sub.set_defaults(command=run)
-    sub.add_argument("build", metavar="MODULE:NAME", help="a function that gives the model, or the model")
-    sub.add_argument(
-        "--input",
-        required=True,
-        metavar="SHAPE|MODULE:NAME",
-        help="the shape of a batch, as 32x3x224x224, or a function that gives a batch, or several",
-    )
+    shape = "the shape of a batch, as 32x3x224x224, or a function that gives a batch, or several"
+    sub = given.command(commands, "preflight", run, shape)
     sub.add_argument("--target", metavar="SHAPE|MODULE:NAME", help="as above; else a class for each sample")
     sub.add_argument("--loss", metavar="MODULE:NAME", help="loss(output, target); else the cross-entropy")
     sub.add_argument("--optimizer", default="AdamW", choices=("SGD", "Adam", "AdamW", "none"))

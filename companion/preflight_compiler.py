@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from importlib.metadata import metadata
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from companion import host
+from companion import host, scratch
 from companion.launch import pickling
 
 ROOT = Path(__file__).parents[1]
@@ -64,8 +63,7 @@ def ask(request: dict[str, object], limit_seconds: float, limit_bytes: float, pr
 
     Whatever happens, the child is gone afterwards. Raises PreflightError where it gave no answer.
     """
-    python = interpreter()
-    folder = Path(tempfile.mkdtemp(prefix="preflight-"))
+    python, folder = interpreter(), scratch.folder()
     try:
         (folder / "request").write_bytes(pickling.pack(request, "the request"))
         return _answered(python, folder, limit_seconds, limit_bytes, progress)
@@ -82,7 +80,7 @@ def _answered(python: Path, folder: Path, limit_seconds: float, limit_bytes: flo
             [str(python), "-m", "companion.preflight_child", str(folder)],
             stdout=said,
             stderr=said,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # which it waits for the end of, to go with this process
             env={**others, "PYTHONPATH": path},
             start_new_session=True,
         )
@@ -104,6 +102,7 @@ def _answered(python: Path, folder: Path, limit_seconds: float, limit_bytes: flo
         bar.close()
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
+        child.stdin.close()
         child.wait()
     if not (folder / "answer.json").exists():
         raise PreflightError(_death(child.returncode, folder))

@@ -50,11 +50,11 @@ class _Content:
         """What a thing consists of."""
         if isinstance(thing, torch.Tensor):
             return [*thing.shape, thing.dtype, thing.requires_grad, isinstance(thing, nn.Parameter)]
-        if isinstance(thing, list | tuple):
+        if type(thing) in (list, tuple):
             return list(thing)
-        if isinstance(thing, set | frozenset):
+        if type(thing) in (set, frozenset):
             return sorted(thing, key=repr)
-        if isinstance(thing, dict):
+        if type(thing) is dict:
             return [part for pair in thing.items() for part in pair]
         if isinstance(thing, types.ModuleType):
             return [thing.__name__]
@@ -66,11 +66,17 @@ class _Content:
             return [_instructions(thing)]
         if isinstance(thing, property | staticmethod | classmethod):
             return [getattr(thing, "fget", None) or thing.__func__]
-        if callable(thing) and hasattr(thing, "__qualname__"):  # written in C
-            return [thing.__qualname__]
-        if hasattr(thing, "__dict__"):
-            return [type(thing), dict(vars(thing))]
-        raise UnknownError(f"there is no telling what a {type(thing).__name__} consists of")
+        if hasattr(thing, "__wrapped__"):
+            return [thing.__wrapped__]
+        try:
+            made = thing.__reduce_ex__(4)  # what pickle would need to make it again
+        except Exception as error:
+            kind = type(thing).__name__
+            raise UnknownError(f"there is no telling what a {kind} consists of: {error}") from error
+        if isinstance(made, str):
+            return [made]  # known by its name
+        call, arguments, state, items, pairs = [*made, None, None, None][:5]
+        return [call, arguments, state, list(items or ()), [list(pair) for pair in pairs or ()]]
 
     def code(self, thing) -> list[object]:
         """A function or a class: its name and the text of its file, of a package of the reader's the texts of

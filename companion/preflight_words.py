@@ -39,7 +39,7 @@ KINDS = {
     "OperatorNotFound": OPERATOR,
     "NotImplementedError": OPERATOR,
 }
-NOT_THEIRS = re.compile(r"/(torch|torchax|jax|jaxlib|functorch)/|preflight_child\.py$|^<")
+NOT_THEIRS = re.compile(r"-packages/(torch|torchax|jax|jaxlib|functorch)/|preflight_child\.py$|^<")
 # The compiler's two ways to say that it does not fit, both of all that is needed.
 NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of|for HLO temporaries \(([\d.]+)([KMGT])\) exceeds")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -64,10 +64,9 @@ class Problem:
 class Verdict:
     """What Google's compiler said of a step on so many chips; all numbers are of one device and one step.
 
-    `needed_bytes` of `memory_bytes` are taken; `weight_bytes` are its
-    arguments: weights, the optimizer's state, the batch. `flops` and `moved_bytes` are counted by the
-    compiler. `estimate` are the seconds that it expects of the operators that it knows, a lower bound; of
-    `unknown` others it knows nothing.
+    `needed_bytes` of `memory_bytes` are taken; `weight_bytes` are its arguments: weights, the optimizer's
+    state, the batch. `flops` and `moved_bytes` are counted by the compiler. `estimate` are the seconds that
+    it expects of the operators that it knows, a lower bound; of `unknown` others it knows nothing.
     `collectives` are the messages between devices.
     """
 
@@ -199,6 +198,13 @@ def read(numbers: dict) -> Verdict:
     problem = numbers["problem"] and Problem(**numbers["problem"])
     messages = tuple(tpu.Collective(**one) for one in numbers["collectives"])
     return Verdict(**numbers | {"chip": CHIPS[numbers["chip"]], "problem": problem, "collectives": messages})
+
+
+def settled(answer: dict) -> bool:
+    """Whether the same question would get the same answer: it compiled, does not fit, or is known not to
+    compile. Another error may be the environment's.
+    """
+    return "error" not in answer or answer["error"] in KINDS or bool(NEEDED.search(answer["message"]))
 
 
 def verdict(answer: dict, chip: Chip, **about: object) -> Verdict:

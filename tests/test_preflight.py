@@ -2,6 +2,8 @@
 compiler, against what can be counted by hand.
 """
 
+import collections
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +13,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from companion import models, preflight, preflight_compiler, preflight_key
@@ -124,6 +127,14 @@ def test_equal_models_have_equal_keys_whatever_their_weights():
     assert preflight_key.key(models.LeNet5()) == preflight_key.key(models.LeNet5())
 
 
+def plus_one(x):
+    return x + 1
+
+
+def plus_two(x):
+    return x + 2
+
+
 def different():
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     apart = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -138,6 +149,10 @@ def different():
         (nn.BatchNorm1d(4), nn.BatchNorm1d(4).eval()),
         (tied, apart),
         (nn.ReLU(), nn.GELU()),
+        (functools.partial(F.gelu, approximate="tanh"), functools.partial(F.gelu, approximate="none")),
+        (collections.deque([1]), collections.deque([2])),
+        (collections.OrderedDict(a=1), collections.OrderedDict(a=2)),
+        (functools.lru_cache(plus_one), functools.lru_cache(plus_two)),
     ]
 
 
@@ -191,8 +206,8 @@ def test_a_package_of_the_readers_own_counts_as_a_whole(tmp_path, monkeypatch):
 
 def test_what_cannot_be_looked_into_has_no_key():
     model = Scaled(2)
-    model.counter = iter([1])
-    with pytest.raises(preflight_key.UnknownError, match="iterator"):
+    model.counter = (number for number in [1])
+    with pytest.raises(preflight_key.UnknownError, match="generator"):
         preflight_key.key(model)
 
 
@@ -239,6 +254,17 @@ def test_the_second_time_the_compiler_is_not_asked(asked, tmp_path):
     assert len(asked) == 3
     preflight.check(other, BATCH, TARGET, sgd(other), cache=None)
     assert len(asked) == 4
+
+
+def test_an_error_that_may_be_the_environments_is_not_kept(monkeypatch, tmp_path):
+    said = {"error": "AttributeError", "message": "no such thing", "frames": [], "memory_bytes": 0}
+    monkeypatch.setattr(preflight_compiler, "ask", lambda *question: dict(said))
+    monkeypatch.setattr(preflight_compiler, "versions", dict)
+    assert not preflight.check(mlp(), BATCH, cache=tmp_path).compiles
+    assert not list(tmp_path.iterdir())
+    said["error"] = "ConcretizationTypeError"
+    assert not preflight.check(mlp(), BATCH, cache=tmp_path).compiles
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_weights_are_not_sent(asked):
@@ -293,11 +319,14 @@ def children():
 )
 def test_a_compiler_that_gives_no_answer_is_ended_and_told_of(script, limits, said, tmp_path, monkeypatch):
     stand_in(tmp_path, monkeypatch, script)
+    made = tmp_path / "folder"
+    made.mkdir()
+    monkeypatch.setattr(preflight_compiler.scratch, "folder", lambda: made)
     before = children()
     with pytest.raises(PreflightError, match=said):
         preflight_compiler.ask({}, *limits, False)
     assert children() == before
-    assert not list(tmp_path.glob("preflight-*"))
+    assert not made.exists()
 
 
 def test_an_answer_comes_with_the_program_and_what_it_cost(tmp_path, monkeypatch):
@@ -489,3 +518,39 @@ def test_usual_layers_compile_on_every_chip(chip, tmp_path):
     verdict = preflight.check(model, words, words.flatten(), adam, dtype="bfloat16", **options)
     assert verdict.fits, verdict
     assert verdict.collectives
+
+
+@needs_compiler
+@long
+def test_answers_in_bfloat16_move_half_the_bytes(tmp_path):
+    """In eval mode too, where nothing is trained, and what BatchNorm normalises by is not renewed."""
+    layer = nn.Linear(4096, 4096, device="meta")
+    options = {"cache": tmp_path, "progress": False}
+    x = torch.empty(4096, 4096, device="meta")
+    single, half = (preflight.check(layer, x, dtype=dtype, **options) for dtype in ("float32", "bfloat16"))
+    assert half.estimate < single.estimate
+    images = torch.empty(8, 3, 64, 64, device="meta")
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3)).eval()
+    assert preflight.check(net, images, dtype="bfloat16", **options).fits
+
+
+ASKS = """
+import torch
+from companion import models, preflight
+preflight.check(models.resnet18(), torch.empty(64, 3, 64, 64, device="meta"), cache=None, progress=False)
+"""
+
+
+@needs_compiler
+@long
+def test_the_compiler_goes_with_who_asked(tmp_path):
+    asking = subprocess.Popen([sys.executable, "-c", ASKS], cwd=preflight_compiler.ROOT)
+    compilers = []
+    while not compilers:
+        assert asking.poll() is None
+        found = psutil.Process(asking.pid).children()
+        compilers = [process for process in found if "companion.preflight_child" in process.cmdline()]
+    asking.kill()
+    asking.wait()
+    _, alive = psutil.wait_procs(compilers, timeout=30)
+    assert not alive
