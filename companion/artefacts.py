@@ -209,7 +209,7 @@ def _loaded_program(path: Path) -> nn.Module:
             warnings.simplefilter("ignore")
             return torch.export.load(path).module()
     except Exception as error:  # a damaged file, or one with code for pickle in it
-        said_so = "it is damaged, or has in it what only pickle could read"
+        said_so = "it is damaged, or has in it what only pickle, or another torch, could read"
         raise ArtefactError(f"the program in {path.name} cannot be read: {said_so}") from error
     finally:
         said.setLevel(level)

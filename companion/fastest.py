@@ -21,13 +21,14 @@ from torch import nn
 
 from companion import fastest_rounds, host, launch, machine, pruning_channels, scratch, variants
 from companion.fastest_found import PLAIN, Found, Row
-from companion.fastest_rounds import Evaluate, Measured, Plain
+from companion.fastest_rounds import Evaluate, Lead, Measured, Plain
 from companion.variants import Variant
 
 FINALISTS = 3
 ROUNDS = 15
 RATIOS = (0.3, 0.5)  # of the channels, taken out where there is a `fine_tune`
-SECONDS = 4.0  # for which a variant is timed, about
+SECONDS = 2.0  # for which a variant is timed, about
+FINAL_SECONDS = 6.0  # for each that leads
 
 
 def search(
@@ -54,8 +55,9 @@ def search(
     at all `batch_sizes` together, by the geometric mean. `threads`: None tries one and all cores.
 
     No new variant is begun after `seconds`; each may take `limit_seconds` and, on Linux, `limit_bytes` of
-    memory (None: half of the machine's). `names` are those to try, None is all; with `early=False` nothing is
-    dropped before it is measured whole. Ctrl-C ends the search; what is known by then is given.
+    memory (None: half of the machine's). `names` are those to try, None is all. What is far behind, all batch
+    sizes together, is dropped early; with `early=False` nothing is. Ctrl-C ends the search; what is known by
+    then is given.
 
     Raises ValueError or TypeError, before anything is tried, for arguments that cannot work, and where the
     model as it is cannot be called or evaluated.
@@ -110,7 +112,7 @@ class _Search:
         self.progress, self.folder, self.start = progress, scratch.folder(), time.perf_counter()
         self.rows: dict[str, Row] = {}
         self.folders: dict[str, Path] = {}
-        self.best = dict.fromkeys(sizes, 0.0)  # the lower end of the best speed-up so far
+        self.lead = Lead(0.0, dict.fromkeys(sizes, 1.0))
 
     def run(self, tried: list[Variant], fine_tune, seconds: float) -> Found:
         plain = self._plain()
@@ -169,34 +171,37 @@ class _Search:
             self._note(Row(name, reason=reason))
             return
         folder, limit = self.folder / f"{len(self.rows)}", self.limits["limit_bytes"]
-        best = self.best if self.early else dict.fromkeys(self.sizes, 0.0)
-        given = (self.model, self.inputs, self.evaluate, self.sizes, best, ROUNDS, SECONDS, limit)
+        lead = self.lead if self.early else replace(self.lead, score=0.0)
+        given = (self.model, self.inputs, self.evaluate, lead, ROUNDS, SECONDS, limit)
+        start = time.perf_counter()
         try:
             self._child(fastest_rounds.make, variant, model, self.inputs, folder, plain.threads, limit)
             found = self._child(fastest_rounds.measured, folder, variant.exact, *given)
         except launch.WorkerError as error:
             late = f"took longer than {self.limits['limit_seconds']:g} s"
-            self._note(Row(name, reason=late if error.rank is None else _without_type(error.reason)))
+            reason = late if error.rank is None else _without_type(error.reason)
+            self._note(Row(name, reason=reason, seconds=time.perf_counter() - start))
             return
-        self._measured(name, folder, found, plain)
+        self._measured(name, folder, found, plain, time.perf_counter() - start)
 
     def _hopeless(self, variant: Variant) -> str | None:
         """Why it need not be tried: all quicker ones of its kind that were measured are far behind."""
         known = [self.rows[name] for name in variant.after if name in self.rows]
         known = [row for row in known if row.speed_up]
-        far = fastest_rounds.BEHIND
-        behind = [all(row.speed_up[n].high < far * self.best[n] for n in self.sizes) for row in known]
+        behind = [self.lead.beyond(row.speed_up) for row in known]
         if not self.early or not known or not all(behind):
             return None
         return f"not tried: far behind are {', '.join(row.name for row in known)}"
 
-    def _measured(self, name: str, folder: Path, found: Measured, plain: Plain) -> None:
-        known = (found.disk_bytes, found.memory_bytes, found.cold_seconds)
+    def _measured(self, name: str, folder: Path, found: Measured, plain: Plain, took: float) -> None:
+        known = (found.disk_bytes, found.memory_bytes, found.cold_seconds, took)
         row = Row(name, plain.threads, found.accuracy, found.latency, found.speed_up, *known)
         self.folders[name] = folder
+        for size, gain in found.speed_up.items():
+            self.lead.gains[size] = max(self.lead.gains[size], gain.median)
         self._note(replace(row, remark=found.dropped or found.busy))
         if found.accuracy is not None and found.accuracy >= sum(plain.accuracies) / 2 - self.budget:
-            self.best = {size: max(low, found.speed_up[size].low) for size, low in self.best.items()}
+            self.lead.score = max(self.lead.score, row.score)
 
     def _pruned(self, tried: list[Variant], fine_tune, plain: Plain, seconds: float) -> None:
         """Models with fewer channels, trained again, as the variants that were the fastest so far."""
@@ -220,12 +225,15 @@ class _Search:
                 self._attempt(f"{base}, {variant.name}", loose, small, plain, seconds)
 
     def _leading(self, count: int) -> list[str]:
-        """The fastest so far that keep the accuracy, by their geometric mean and at each batch size."""
+        """The fastest so far that keep the accuracy: by their geometric mean those that are not far behind
+        the best, and the best at each batch size.
+        """
         least = self.rows[PLAIN].accuracy - self.budget
         fit = [
             row for row in self.rows.values() if row.usable and row.accuracy >= least and row.name != PLAIN
         ]
-        ranked = sorted(fit, key=lambda row: -row.score)[:count]
+        near = [row for row in fit if not self.lead.beyond(row.speed_up)]
+        ranked = sorted(near, key=lambda row: -row.score)[:count]
         for size in self.sizes:
             ranked += sorted(fit, key=lambda row: -row.speed_up[size].low)[:1]
         return list(dict.fromkeys(row.name for row in ranked))
@@ -243,7 +251,7 @@ class _Search:
             plain.threads,
             self.counts,
             ROUNDS,
-            2 * SECONDS * len(leading),
+            FINAL_SECONDS * len(leading),
         )
         try:
             found = self._child(fastest_rounds.final, folders, *given)

@@ -18,8 +18,8 @@ PLAIN = "the model as it is"
 @dataclass(frozen=True)
 class Row:
     """One variant: threads, accuracy, by batch size the seconds of a call and the speed-up over the model,
-    bytes on disk and added to memory, seconds from loading to the first answers; or the reason why not.
-    `final`: measured again in turn with all that lead.
+    bytes on disk and added to memory, seconds from loading to the first answers and those that it took to
+    try it; or the reason why not. `final`: measured again in turn with all that lead.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Row:
     disk_bytes: int | None = None
     memory_bytes: int | None = None
     cold_seconds: float | None = None
+    seconds: float | None = None
     reason: str | None = None
     remark: str | None = None
     final: bool = False
@@ -127,12 +128,16 @@ class Found:
             return row.name, *[""] * (2 * len(self.batch_sizes) + 6), row.reason
         cells = [row.name, str(row.threads)]
         for size in self.batch_sizes:
+            if size not in row.speed_up:  # dropped before
+                cells += ["", ""]
+                continue
             gain = row.speed_up[size]
             verdict = "" if row is self.plain else f" {measure.verdict(gain)}"
             cells += [f"{row.latency[size].scaled(1e3):.3g}", f"{gain:.2f}x{verdict}"]
         largest = max(self.batch_sizes)
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%}"
-        cells += [f"{row.latency[largest].rate(largest):,.0f}", accuracy, f"{row.disk_bytes / 2**20:.2f}"]
+        rate = f"{row.latency[largest].rate(largest):,.0f}" if largest in row.latency else ""
+        cells += [rate, accuracy, f"{row.disk_bytes / 2**20:.2f}"]
         cells += ["" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:.0f}"]
         cells += ["" if row.cold_seconds is None else f"{row.cold_seconds:.2f}", self._remark(row)]
         return tuple(cells)

@@ -18,7 +18,8 @@ from companion.variants import Variant
 Evaluate = Callable[[nn.Module], float]
 AGREE = 1e-3  # how far exact variants may be apart, as a share of the largest answer
 GLANCE = 3  # rounds after which a loser is dropped
-BEHIND = 0.8  # of the best so far: who is slower at every batch size is a loser
+BEHIND = 0.8  # of the best so far: who is slower, all batch sizes together, is a loser
+HOPE = 1.25  # times the best known: so fast it may still be at a batch size that was not looked at
 CALL_SECONDS = 0.01  # the least that is timed at once
 
 
@@ -52,6 +53,19 @@ class Measured:
     accuracy: float | None = None
     dropped: str | None = None
     busy: str | None = None
+
+
+@dataclass
+class Lead:
+    """What is to be beaten: the best score, and the highest speed-up known at each batch size."""
+
+    score: float
+    gains: dict[int, float]
+
+    def beyond(self, gains: dict[int, Spread]) -> bool:
+        """Whether with these speed-ups, at some or all batch sizes, the lead is out of reach."""
+        hoped = [gains[n].high if n in gains else HOPE * best for n, best in self.gains.items()]
+        return math.prod(hoped) ** (1 / len(hoped)) < BEHIND * self.score
 
 
 class Chunked(nn.Module):
@@ -183,63 +197,63 @@ def measured(
     model: nn.Module,
     inputs: torch.Tensor,
     evaluate: Evaluate,
-    sizes: Sequence[int],
-    best: dict[int, float],
+    lead: Lead,
     rounds: int,
     seconds: float,
     limit_bytes: int | None,
 ) -> Measured:
-    """An artefact beside the model, and its accuracy; dropped where others are clearly faster. `best` is the
-    lower end of the best speed-up so far, by batch size.
+    """An artefact beside the model, one batch size after the other, and its accuracy. As soon as the lead is
+    out of its reach it is dropped: it may then have figures for some batch sizes only.
     """
     limited(limit_bytes)
-    about = artefacts.read(folder)
+    about, sizes = artefacts.read(folder), list(lead.gains)
     devices.set_threads(about.threads)
     before, start = _own_bytes(), time.perf_counter()
     it = artefacts.load(folder)
-    answers = {size: it(batch(inputs, size)) for size in sizes}
-    devices.synchronize(inputs.device)
-    cold, added = time.perf_counter() - start, max(0, _own_bytes() - before)
-    _check(model, it, inputs, answers, exact)
-    first = _in_turn(model, it, inputs, sizes, GLANCE, seconds)
-    about_it = it.disk_bytes, added, cold
-    if all(first[size][1].high < BEHIND * best[size] for size in sizes):
-        latency, gains = ({size: both[k] for size, both in first.items()} for k in (0, 1))
-        return Measured(latency, gains, *about_it, dropped="others are clearly faster")
+    cold, first = time.perf_counter() - start, {}
+    for size in sizes:
+        start = time.perf_counter()
+        answers = it(batch(inputs, size))
+        devices.synchronize(inputs.device)
+        cold += time.perf_counter() - start
+        added = max(0, _own_bytes() - before)
+        _check(model, batch(inputs, size), answers, exact)
+        first[size] = _in_turn(model, it, batch(inputs, size), GLANCE, seconds / len(sizes))
+        if lead.beyond(_columns(first)[1]):
+            dropped = "others are clearly faster"
+            return Measured(*_columns(first), it.disk_bytes, added, cold, dropped=dropped)
     accuracy = accuracy_of(evaluate, Chunked(it, max(sizes)) if about.kind == "program" else it)
-    more = _in_turn(model, it, inputs, sizes, rounds, seconds)
-    latency, gains = ({size: both[k] for size, both in more.items()} for k in (0, 1))
+    more = {n: _in_turn(model, it, batch(inputs, n), rounds, seconds / len(sizes)) for n in sizes}
     busy = next((both[2] for both in more.values() if both[2]), None)
-    return Measured(latency, gains, *about_it, accuracy=accuracy, busy=busy)
+    return Measured(*_columns(more), it.disk_bytes, added, cold, accuracy=accuracy, busy=busy)
+
+
+def _columns(found: dict[int, tuple]) -> tuple[dict[int, Spread], dict[int, Spread]]:
+    """Seconds of a call, and the speed-up, by batch size."""
+    return {size: one[0] for size, one in found.items()}, {size: one[1] for size, one in found.items()}
 
 
 def _own_bytes() -> int:
     return psutil.Process(os.getpid()).memory_full_info().uss
 
 
-def _in_turn(model, it, inputs, sizes, rounds, seconds) -> dict[int, tuple[Spread, Spread, str | None]]:
-    """By batch size: seconds of a call, the speed-up over the model, and doubts."""
-    found = {}
-    for size in sizes:
-        x = batch(inputs, size)
-        ways = {"plain": lambda x=x: model(x), "it": lambda x=x: it(x)}
-        times = timed(ways, x, rounds, seconds / len(sizes))
-        found[size] = times["it"], times.speed_up("it", over="plain"), times.busy
-    return found
+def _in_turn(model, it, x, rounds, seconds) -> tuple[Spread, Spread, str | None]:
+    """Seconds of a call, the speed-up over the model, and doubts."""
+    times = timed({"plain": lambda: model(x), "it": lambda: it(x)}, x, rounds, seconds)
+    return times["it"], times.speed_up("it", over="plain"), times.busy
 
 
 @torch.no_grad()
-def _check(model, it, inputs, answers: dict[int, torch.Tensor], exact: bool) -> None:
+def _check(model, x: torch.Tensor, given: torch.Tensor, exact: bool) -> None:
     """Raises UnfitError for answers of another shape or without meaning; for an exact one, other answers."""
-    for size, given in answers.items():
-        right = model(batch(inputs, size))
-        if given.shape != right.shape:
-            raise UnfitError(f"a batch of {size} gave {list(given.shape)}, not {list(right.shape)}")
-        if not given.isfinite().all() and right.isfinite().all():
-            raise UnfitError(f"a batch of {size} gave numbers that are not finite")
-        apart = ((given - right).abs().max() / right.abs().max().clamp_min(1e-12)).item()
-        if exact and apart > AGREE:
-            raise UnfitError(f"its answers differ by {apart:.1%}, where they should be the model's")
+    right = model(x)
+    if given.shape != right.shape:
+        raise UnfitError(f"a batch of {len(x)} gave {list(given.shape)}, not {list(right.shape)}")
+    if not given.isfinite().all() and right.isfinite().all():
+        raise UnfitError(f"a batch of {len(x)} gave numbers that are not finite")
+    apart = ((given - right).abs().max() / right.abs().max().clamp_min(1e-12)).item()
+    if exact and apart > AGREE:
+        raise UnfitError(f"its answers differ by {apart:.1%}, where they should be the model's")
 
 
 def final(

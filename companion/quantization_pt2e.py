@@ -94,7 +94,18 @@ def _as_it_is(graph: fx.GraphModule, mode: bool = True) -> fx.GraphModule:
 
 
 def _graph(model: nn.Module, batch: torch.Tensor) -> fx.GraphModule:
-    return program(model, batch).module()
+    """The graph, with every linear layer marked as one.
+
+    The quantizer looks for layers by where their nodes come from. Export goes into torch's own compositions,
+    such as nn.TransformerEncoder, without saying that it met linear layers there: they would stay in float.
+    """
+    graph = program(model, batch).module()
+    for node in graph.graph.nodes:
+        source = node.meta.get("source_fn_stack") or []
+        known = bool(source) and source[-1][1] in (nn.Linear, nn.functional.linear)
+        if node.target is torch.ops.aten.linear.default and not known:
+            node.meta["source_fn_stack"] = [*source, (node.name, nn.functional.linear)]
+    return graph
 
 
 def program(model: nn.Module, batch: torch.Tensor) -> torch.export.ExportedProgram:

@@ -160,7 +160,16 @@ def _plain_tensors(model: nn.Module) -> nn.Module:
     made = pt2e.weights(model, "int8_dynamic")
     from torchao.utils import unwrap_tensor_subclass
 
-    return unwrap_tensor_subclass(made)
+    for name, module in made.named_modules():
+        if isinstance(module, nn.MultiheadAttention):  # it reads these weights itself, and needs a tensor
+            module.out_proj.weight = model.get_submodule(name).out_proj.weight
+    made = unwrap_tensor_subclass(made)
+    for module in made.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if not weight.is_floating_point():  # torch.export.load takes integers as buffers only
+                delattr(module, name)
+                module.register_buffer(name, weight.data)
+    return made
 
 
 def offered(device: torch.device) -> tuple[Variant, ...]:

@@ -15,6 +15,7 @@ from torch import nn
 from companion import __main__ as cli
 from companion import artefacts, fastest, fastest_found, fastest_rounds, measure, models, variants
 from companion.fastest_found import PLAIN, Row
+from companion.fastest_rounds import Lead
 from companion.variants import Variant
 
 QUICK = {"batch_sizes": (1, 8), "threads": 1, "progress": False}
@@ -144,13 +145,49 @@ def test_where_nothing_is_faster_it_says_so_and_saves_nothing(model, images, acc
 def test_losers_are_dropped_early(model, images, accuracy, tmp_path):
     script = next(each for each in variants.ON_CPU if each.name == "script")
     script.make(model.eval(), images, tmp_path / "made", 1)
-    given = (model, images, accuracy, (1, 8))
-    dropped = fastest_rounds.measured(tmp_path / "made", True, *given, {1: 50.0, 8: 50.0}, 5, 1.0, None)
+    given = (tmp_path / "made", True, model, images, accuracy)
+    dropped = fastest_rounds.measured(*given, Lead(50.0, {1: 9.0, 8: 9.0}), 5, 1.0, None)
     assert dropped.dropped == "others are clearly faster"
     assert dropped.accuracy is None, "it was not evaluated"
-    whole = fastest_rounds.measured(tmp_path / "made", True, *given, {1: 50.0, 8: 0.0}, 5, 1.0, None)
-    assert whole.dropped is None, "it leads at one batch size"
-    assert whole.accuracy == 1
+    assert list(dropped.speed_up) == [1], "nor looked at further"
+    whole = fastest_rounds.measured(*given, Lead(50.0, {1: 1e6, 8: 1e6}), 5, 1.0, None)
+    assert whole.dropped == "others are clearly faster"
+    assert list(whole.speed_up) == [1, 8], "after one batch size there was hope"
+    kept = fastest_rounds.measured(*given, Lead(0.1, {1: 0.1, 8: 0.1}), 5, 1.0, None)
+    assert kept.dropped is None
+    assert kept.accuracy == 1
+    row = Row("script", 1, None, dropped.latency, dropped.speed_up, 1, 1, 0.1, remark=dropped.dropped)
+    plain = Row(PLAIN, 1, 1.0, whole.latency, whole.speed_up, 1)
+    found = fastest_found.Found((plain, row), (1, 8), {}, {}, 0.01, (1.0, 1.0), 1.0)
+    assert "others are clearly faster" in str(found.table()), "a row with figures for one batch size"
+    assert found.winner.name == PLAIN
+
+
+def test_a_lead_counts_all_batch_sizes_together():
+    def gains(**high):
+        return {int(size[1:]): measure.Spread(h - 0.1, h - 0.2, h, 9) for size, h in high.items()}
+
+    lead = Lead(3.0, {1: 4.0, 8: 2.5})
+    assert not lead.beyond(gains(b1=1.5, b8=4.0)), "slow at one, fast at the other"
+    assert lead.beyond(gains(b1=1.5, b8=3.0))
+    assert not lead.beyond(gains(b1=2.0)), "it may be faster than all others at the one that is left"
+    assert lead.beyond(gains(b1=1.5))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("make", ["LeNet5", "EncoderClassifier"])
+def test_torchaos_integers_are_written_without_pickle(make, images, tmp_path):
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'accelerating-pytorch[compress]'")
+    torch.manual_seed(0)
+    model = models.LeNet5() if make == "LeNet5" else models.EncoderClassifier(8, 4, width=32, layers=1)
+    inputs = images[:4] if make == "LeNet5" else torch.randn(4, 4, 8)
+    variant = next(each for each in variants.ON_CPU if each.name == "compiled, int8 torchao")
+    variant.make(model.eval(), inputs, tmp_path / "made", 1)
+    with torch.no_grad():
+        right = model(inputs)
+        read = artefacts._loaded_program(tmp_path / "made" / "model.pt2")  # it need not be compiled for this
+        apart = (read(inputs) - right).abs().max() / right.abs().max()
+    assert 0 < apart < 0.05, "integers, and nearly the same answers"
 
 
 @pytest.mark.once

@@ -71,6 +71,8 @@ def test_a_transformer_encoder_is_exported_and_its_fast_path_is_on_again():
     model, x = models.EncoderClassifier(8, 6, width=32, layers=2, heads=2).eval(), torch.randn(4, 6, 8)
     made = quantization_pt2e.exported(model, [x])
     assert torch.backends.mha.get_fastpath_enabled()
+    weights = [node for node in quantization_pt2e.quantize_nodes(made) if "per_channel" in node]
+    assert len(weights) == 2 + 4 * 2, "a linear layer stayed in float: four in each layer, before and after"
     with torch.no_grad():
         assert 0 < (made(x) - model(x)).norm() / model(x).norm() < 0.1
 
