@@ -11,7 +11,6 @@ somebody has hidden code for pickle is refused.
 
 import contextlib
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -199,18 +198,31 @@ def load(folder: str | Path, threads: int | None = None) -> Artefact:
 
 
 def _loaded_program(path: Path) -> nn.Module:
+    """With the operators of int8, which are there once a package is imported: torch's, else torchao's."""
+    failure = None
+    for package in ("torch.ao.quantization.fx._decomposed", "torchao.quantization"):
+        with contextlib.suppress(ImportError):
+            pt2e.quietly_imported(package)
+        try:
+            with _only_weights(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.export.load(path).module()
+        except Exception as error:  # a damaged file, or one with code for pickle in it
+            failure = error
+    said_so = "it is damaged, or has in it what only pickle, another torch or torchao could read"
+    raise ArtefactError(f"the program in {path.name} cannot be read: {said_so}") from failure
+
+
+@contextlib.contextmanager
+def _only_weights() -> Iterator[None]:
+    """torch.export.load reads weights only, whoever else has asked for something else, and is quiet."""
     before = os.environ.get(WEIGHTS_ONLY)
     os.environ[WEIGHTS_ONLY] = "1"
     said = logging.getLogger("torch.export")
-    level, _ = said.level, importlib.import_module("torch.ao.quantization.fx._decomposed")  # int8's operators
+    level = said.level
     said.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.load(path).module()
-    except Exception as error:  # a damaged file, or one with code for pickle in it
-        said_so = "it is damaged, or has in it what only pickle, or another torch, could read"
-        raise ArtefactError(f"the program in {path.name} cannot be read: {said_so}") from error
+        yield
     finally:
         said.setLevel(level)
         if before is None:

@@ -22,6 +22,7 @@ from torch import nn
 from companion import fastest_rounds, host, launch, machine, pruning_channels, scratch, variants
 from companion.fastest_found import PLAIN, Found, Row
 from companion.fastest_rounds import Evaluate, Lead, Measured, Plain
+from companion.measure import Spread
 from companion.variants import Variant
 
 FINALISTS = 3
@@ -112,6 +113,7 @@ class _Search:
         self.progress, self.folder, self.start = progress, scratch.folder(), time.perf_counter()
         self.rows: dict[str, Row] = {}
         self.folders: dict[str, Path] = {}
+        self.hopeless: set[str] = set()  # not tried, since the lead is out of their reach
         self.lead = Lead(0.0, dict.fromkeys(sizes, 1.0))
 
     def run(self, tried: list[Variant], fine_tune, seconds: float) -> Found:
@@ -166,7 +168,7 @@ class _Search:
         reason = variants.why_not(variant, self.inputs)
         if not reason and time.perf_counter() - self.start > seconds:
             reason = f"not tried: {seconds:g} seconds were over"
-        reason = reason or self._hopeless(variant)
+        reason = reason or self._hopeless(variant, plain)
         if reason:
             self._note(Row(name, reason=reason))
             return
@@ -184,14 +186,24 @@ class _Search:
             return
         self._measured(name, folder, found, plain, time.perf_counter() - start)
 
-    def _hopeless(self, variant: Variant) -> str | None:
-        """Why it need not be tried: all quicker ones of its kind that were measured are far behind."""
-        known = [self.rows[name] for name in variant.after if name in self.rows]
-        known = [row for row in known if row.speed_up]
-        behind = [self.lead.beyond(row.speed_up) for row in known]
-        if not self.early or not known or not all(behind):
+    def _hopeless(self, variant: Variant, plain: Plain) -> str | None:
+        """Why it need not be tried: the profile says so, or the quicker ones of its kind, far behind all."""
+        if not self.early:
             return None
-        return f"not tried: far behind are {', '.join(row.name for row in known)}"
+        if variant.fuses and self.lead.beyond_fusing(plain.products):
+            self.hopeless.add(variant.name)
+            shares = " and ".join(f"{share:.0%}" for share in plain.products.values())
+            return f"not tried: {shares} of the time is in products, which it makes hardly faster"
+        known = [name for name in variant.after if name in self.hopeless or self._speed_up(name)]
+        if not known or not all(
+            name in self.hopeless or self.lead.beyond(self._speed_up(name)) for name in known
+        ):
+            return None
+        self.hopeless.add(variant.name)
+        return f"not tried: far behind {'is' if len(known) == 1 else 'are'} {', '.join(known)}"
+
+    def _speed_up(self, name: str) -> dict[int, Spread] | None:
+        return self.rows[name].speed_up if name in self.rows else None
 
     def _measured(self, name: str, folder: Path, found: Measured, plain: Plain, took: float) -> None:
         known = (found.disk_bytes, found.memory_bytes, found.cold_seconds, took)

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import nn
 
-from companion import artefacts, devices, measure, memory
+from companion import artefacts, devices, host, measure, memory
 from companion.measure import Spread
 from companion.variants import Variant
 
@@ -20,6 +20,8 @@ AGREE = 1e-3  # how far exact variants may be apart, as a share of the largest a
 GLANCE = 3  # rounds after which a loser is dropped
 BEHIND = 0.8  # of the best so far: who is slower, all batch sizes together, is a loser
 HOPE = 1.25  # times the best known: so fast it may still be at a batch size that was not looked at
+PRODUCTS = ("conv", "mm", "linear", "rnn", "lstm", "gru", "attention")  # in the names of such operators
+FUSED = 2.0  # times faster may products become when a model is compiled, by other layouts and kernels
 CALL_SECONDS = 0.01  # the least that is timed at once
 
 
@@ -30,13 +32,15 @@ class UnfitError(ValueError):
 @dataclass(frozen=True)
 class Plain:
     """The model as it is: accuracy of two evaluations, threads that serve it best, seconds of a call by batch
-    size, bytes of its weights on disk.
+    size, bytes of its weights on disk, the share of its time in products of matrices and convolutions by
+    batch size (on a CPU).
     """
 
     accuracies: tuple[float, float]
     threads: int
     latency: dict[int, Spread]
     disk_bytes: int
+    products: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,13 @@ class Lead:
 
     def beyond(self, gains: dict[int, Spread]) -> bool:
         """Whether with these speed-ups, at some or all batch sizes, the lead is out of reach."""
-        hoped = [gains[n].high if n in gains else HOPE * best for n, best in self.gains.items()]
+        return self.far([gains[n].high if n in gains else HOPE * best for n, best in self.gains.items()])
+
+    def beyond_fusing(self, products: dict[int, float]) -> bool:
+        """Whether it is out of reach for what makes products hardly faster, with these shares of the time."""
+        return bool(products) and self.far([FUSED / share for share in products.values()])
+
+    def far(self, hoped: Sequence[float]) -> bool:
         return math.prod(hoped) ** (1 / len(hoped)) < BEHIND * self.score
 
 
@@ -87,18 +97,6 @@ def batch(inputs: torch.Tensor, size: int) -> torch.Tensor:
     """So many samples, the given ones over and over where they are too few."""
     times = math.ceil(size / len(inputs))
     return inputs.repeat(times, *[1] * (inputs.dim() - 1))[:size].contiguous()
-
-
-def limited(limit_bytes: int | None) -> None:
-    """From now on this process may take so many bytes of memory more (on Linux)."""
-    status = Path("/proc/self/status")
-    if limit_bytes is None or not status.exists():
-        return
-    import resource
-
-    taken = next(line for line in status.read_text().splitlines() if line.startswith("VmData"))
-    most = 1024 * int(taken.split()[1]) + limit_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def accuracy_of(evaluate: Evaluate, model: nn.Module) -> float:
@@ -133,7 +131,17 @@ def plain(
         latency[size] = timed(ways, x, rounds, 2.0)
     best = min(counts, key=lambda count: math.prod(latency[size][str(count)].median for size in sizes))
     own = {size: latency[size][str(best)] for size in sizes}
-    return Plain(accuracies, best, own, memory.disk_bytes(model))
+    devices.set_threads(best)
+    products = {size: in_products(model, batch(inputs, size), own[size]) for size in sizes}
+    return Plain(accuracies, best, own, memory.disk_bytes(model), products if inputs.is_cpu else {})
+
+
+def in_products(model: nn.Module, x: torch.Tensor, latency: Spread) -> float:
+    """The share of a call's time that is spent in products of matrices and convolutions."""
+    with torch.no_grad():
+        seconds = measure.operators(lambda: model(x), calls=3)
+    inside = sum(took for name, took in seconds.items() if any(word in name for word in PRODUCTS))
+    return min(1.0, max(inside / latency.median, 1e-6))
 
 
 def at(threads: int, model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
@@ -186,7 +194,7 @@ def make(
     limit_bytes: int | None,
 ) -> None:
     """Writes the variant's artefact."""
-    limited(limit_bytes)
+    host.limit_memory(limit_bytes)
     devices.set_threads(threads)
     variant.make(model, inputs, folder, threads)
 
@@ -205,7 +213,7 @@ def measured(
     """An artefact beside the model, one batch size after the other, and its accuracy. As soon as the lead is
     out of its reach it is dropped: it may then have figures for some batch sizes only.
     """
-    limited(limit_bytes)
+    host.limit_memory(limit_bytes)
     about, sizes = artefacts.read(folder), list(lead.gains)
     devices.set_threads(about.threads)
     before, start = _own_bytes(), time.perf_counter()

@@ -71,6 +71,18 @@ def usable_memory_bytes(root: str = "/") -> int:
     return int(min(physical, _cgroup_limits(root)[1]))
 
 
+def limit_memory(limit_bytes: int | None) -> None:
+    """From now on this process may take so many bytes of memory more (on Linux)."""
+    status = Path("/proc/self/status")
+    if limit_bytes is None or not status.exists():
+        return
+    import resource
+
+    taken = next(line for line in status.read_text().splitlines() if line.startswith("VmData"))
+    most = 1024 * int(taken.split()[1]) + limit_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
 def _family(pid: int) -> list[psutil.Process]:
     """A process and all that came from it; none if it is not there."""
     try:

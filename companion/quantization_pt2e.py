@@ -7,6 +7,7 @@ quantized is refused. Needs torchao. Source: torchao's documentation, "PyTorch 2
 """
 
 import copy
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,16 +24,18 @@ from companion.quantization import QuantizationError
 KINDS = ("int8_dynamic", "int8_weights", "int4_weights")
 
 
-def _torchao(module: str) -> ModuleType:
-    """A module of torchao's, imported without what it and torch's export say of themselves on the way."""
-    import importlib
-
+def quietly_imported(module: str) -> ModuleType:
+    """A module of torch's or torchao's, without what they and torch's export say of themselves on the way."""
     for name in ("torch.utils._pytree", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(module)
+
+
+def _torchao(module: str) -> ModuleType:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(module)
+        return quietly_imported(module)
     except ImportError as error:
         raise ImportError(
             f"{module} cannot be imported ({error}): pip install 'accelerating-pytorch[compress]'"

@@ -23,6 +23,7 @@ class Variant:
     `exact`: the same arithmetic in another order, so its answers must agree with the model's. `needs` names
     the instruction sets of which one must be there, `takes` the inputs: "images" of four dimensions, "floats"
     or "any". `after` names quicker ones of its kind: where all of them are far behind, it need not be tried.
+    `fuses`: what it saves lies between the products of matrices, which it leaves nearly as they are.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Variant:
     precision: str = "f32"
     tf32: bool = False
     after: tuple[str, ...] = ()
+    fuses: bool = False
 
     def make(self, model: nn.Module, inputs: torch.Tensor, folder: Path, threads: int) -> About:
         """Writes the artefact; `inputs` `[N, ...]` are the calibration data. The model stays as it is."""
@@ -100,7 +102,7 @@ ON_CPU = (
     Variant("bfloat16 autocast", "script", _autocast(torch.bfloat16), needs=BF16),
     Variant("float16", "script", _cast(torch.float16), needs=FP16),
     Variant("int8 static", "script", quantization.static, takes="floats"),
-    Variant("compiled", "program", exact=True),
+    Variant("compiled", "program", exact=True, fuses=True),
     Variant(
         "compiled, bfloat16",
         "program",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from companion import __main__ as cli
-from companion import artefacts, fastest, fastest_found, fastest_rounds, measure, models, variants
+from companion import artefacts, fastest, fastest_found, fastest_rounds, launch, measure, models, variants
 from companion.fastest_found import PLAIN, Row
 from companion.fastest_rounds import Lead
 from companion.variants import Variant
@@ -174,20 +174,44 @@ def test_a_lead_counts_all_batch_sizes_together():
     assert lead.beyond(gains(b1=1.5))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:torch")
-@pytest.mark.parametrize("make", ["LeNet5", "EncoderClassifier"])
-def test_torchaos_integers_are_written_without_pickle(make, images, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (models.LeNet5, (3, 32, 32)),
+        (lambda: models.EncoderClassifier(8, 4, width=32, layers=1), (4, 8)),
+        (lambda: models.LSTMClassifier(16, 32), (4, 16)),  # int8 by operators of torchao's own
+    ],
+    ids=["LeNet5", "encoder", "LSTM"],
+)
+def test_torchaos_integers_are_written_without_pickle(make, shape, tmp_path):
     pytest.importorskip("torchao", reason="needs torchao: pip install 'accelerating-pytorch[compress]'")
     torch.manual_seed(0)
-    model = models.LeNet5() if make == "LeNet5" else models.EncoderClassifier(8, 4, width=32, layers=1)
-    inputs = images[:4] if make == "LeNet5" else torch.randn(4, 4, 8)
+    model, inputs = make().eval(), torch.randn(4, *shape)
     variant = next(each for each in variants.ON_CPU if each.name == "compiled, int8 torchao")
-    variant.make(model.eval(), inputs, tmp_path / "made", 1)
+    variant.make(model, inputs, tmp_path / "made", 1)
     with torch.no_grad():
         right = model(inputs)
-        read = artefacts._loaded_program(tmp_path / "made" / "model.pt2")  # it need not be compiled for this
-        apart = (read(inputs) - right).abs().max() / right.abs().max()
+    given = (tmp_path / "made" / "model.pt2", inputs)
+    found = launch.run(program_says, 1, *given, device="cpu", backend=None)[0]  # a process without torchao
+    apart = (found - right).abs().max() / right.abs().max()
     assert 0 < apart < 0.05, "integers, and nearly the same answers"
+
+
+def program_says(path, inputs):
+    assert "torchao" not in sys.modules
+    with torch.no_grad():
+        return artefacts._loaded_program(path)(inputs)  # it need not be compiled for this
+
+
+def test_the_profile_saves_the_search_a_compilation():
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 10)).eval()
+    given = (wide, torch.randn(64, 512), lambda net: 1.0, (64,), (1,), 3)
+    shares = fastest_rounds.plain(*given).products
+    assert 0.5 < shares[64] <= 1, "nearly all of it is two products"
+    assert Lead(3.0 / 0.8, {64: 3.0}).beyond_fusing({64: 0.9})
+    assert not Lead(2.0 / 0.8, {64: 2.0}).beyond_fusing({64: 0.9}), "it may become 2.2 times as fast"
+    assert not Lead(9.0, {64: 9.0}).beyond_fusing({}), "nothing is known, on a GPU"
 
 
 @pytest.mark.once
