@@ -5,6 +5,7 @@ import importlib
 MODULES = (
     "advice",
     "artefacts",
+    "attention",
     "batches",
     "checkpoint",
     "checks",

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.ao import quantization as ao
 
-from companion import checkpoint
+from companion import attention, checkpoint
 from companion.fusing import fused, fusible
 from companion.quantized import QuantizationError, calibrate, checked, engines, layers, runs, use_engine
 
@@ -64,13 +64,14 @@ def dynamic(model: nn.Module, kinds: Sequence[type[nn.Module]] = DYNAMIC, engine
     """Weights of the layers of these `kinds` as int8; activations are quantized as they come, by their own
     range.
 
-    Needs no data. torch's documentation has it for models whose time goes into reading weights: recurrent
-    networks and transformers. Raises QuantizationError for an engine that is not here, or a model without
+    The products inside nn.MultiheadAttention count as linear layers (`attention.opened`). Needs no data.
+    torch's documentation has it for models whose time goes into reading weights: recurrent networks and
+    transformers. Raises QuantizationError for an engine that is not here, or a model without
     such layers.
     """
     with use_engine(engine):
-        holder = nn.Module()
-        holder.model = copy.deepcopy(model).eval()  # what is in a module can be replaced: a lone nn.LSTM too
+        holder = nn.Module()  # what is in a module can be replaced: a lone nn.LSTM too
+        holder.model = (attention.opened if nn.Linear in kinds else copy.deepcopy)(model).eval()
         made = ao.quantize_dynamic(holder, set(kinds), dtype=torch.qint8, inplace=True).model
     for module in made.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

@@ -18,7 +18,7 @@ import torch._dynamo.config
 import torch._inductor.config
 from torch import fx, nn
 
-from companion import devices
+from companion import attention, devices
 from companion.quantization import QuantizationError
 
 KINDS = ("int8_dynamic", "int8_weights", "int4_weights")
@@ -175,8 +175,8 @@ def compiled(model: nn.Module) -> nn.Module:
 
 
 def weights(model: nn.Module, kind: str = "int8_dynamic") -> nn.Module:
-    """The model with its linear layers' weights as tensors of few bits, by torchao's `quantize_`, in eval
-    mode.
+    """The model with its linear layers' weights, attention's too, as tensors of few bits, by torchao's
+    `quantize_`, in eval mode.
 
     "int8_dynamic" computes in integers, with activations quantized in each call. "int8_weights" and
     "int4_weights" store integers and compute in floats: for memory, and where reading weights takes the time.
@@ -187,7 +187,7 @@ def weights(model: nn.Module, kind: str = "int8_dynamic") -> nn.Module:
     if kind not in KINDS:
         raise QuantizationError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
     torchao = _torchao("torchao.quantization")
-    made = copy.deepcopy(model).eval()
+    made = attention.opened(model).eval()
     before = {
         name: type(module.weight) for name, module in made.named_modules() if isinstance(module, nn.Linear)
     }

@@ -162,9 +162,6 @@ def _plain_tensors(model: nn.Module) -> nn.Module:
     made = pt2e.weights(model, "int8_dynamic")
     from torchao.utils import unwrap_tensor_subclass
 
-    for name, module in made.named_modules():
-        if isinstance(module, nn.MultiheadAttention):  # it reads these weights itself, and needs a tensor
-            module.out_proj.weight = model.get_submodule(name).out_proj.weight
     made = unwrap_tensor_subclass(made)
     for module in made.modules():
         for name, weight in list(module.named_parameters(recurse=False)):

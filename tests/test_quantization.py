@@ -182,6 +182,18 @@ def test_dynamic_integers_compute_nearly_the_same(make):
     assert 0 < (found - expected).norm() / expected.norm() < 0.05
 
 
+def test_attentions_products_get_integers_too():
+    torch.manual_seed(0)
+    model, x = models.EncoderClassifier(8, 6, width=32, layers=2, heads=2).eval(), torch.randn(4, 6, 8)
+    made = quantization.dynamic(model)
+    split = quantization.layers(made)
+    assert len(split.quantized) == 2 + 2 * 6, "query, key, value, out and two more in each layer"
+    assert set(split.left.values()) == {"EncoderClassifier", "LayerNorm"}
+    with torch.no_grad():
+        assert 0 < (made(x) - model(x)).norm() / model(x).norm() < 0.1
+    assert isinstance(model.encoder.layers[0].self_attn, nn.MultiheadAttention), "the given one stays"
+
+
 def test_training_with_rounding_is_converted(digits):
     def train(model):
         recipe = training.Recipe(epochs=2, batch_size=64, learning_rate=2e-3)
