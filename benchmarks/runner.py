@@ -1,7 +1,8 @@
 """What the runner of notebooks costs: beside nbclient alone, and two at once beside one after the other.
 
-Notebooks have the small parameters of the tests, so that a round takes minutes; the larger a notebook, the
-smaller the share of what its start costs.
+One notebook at its defaults, as a user runs it, and with the small parameters of the tests: the longer it
+takes, the smaller the share of what its start and its page cost. Several have the small parameters, so that a
+round takes minutes.
 """
 
 import tempfile
@@ -23,6 +24,10 @@ def smaller(stem: str) -> jobs.Job:
     return jobs.Job(ROOT / "notebooks" / f"{stem}.ipynb", settings.get(stem, {}), stem)
 
 
+def at_defaults(stem: str) -> jobs.Job:
+    return jobs.Job(ROOT / "notebooks" / f"{stem}.ipynb", {}, stem)
+
+
 def by_runner(wanted: list[jobs.Job], workers: int = 1) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for outcome in runner.run(wanted, Path(folder), workers, progress=False):
@@ -42,19 +47,24 @@ def by_nbclient(job: jobs.Job) -> None:
         NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": folder}}).execute()
 
 
-def measure_all(rounds: int = ROUNDS) -> Iterator[dict]:
-    one = smaller(ONE)
-    ways = {"nbclient": lambda: by_nbclient(one), "runner": lambda: by_runner([one])}
-    times = measure.compare(ways, rounds=rounds, warm_up=1)
+def overhead(job: jobs.Job, parameters: str, rounds: int) -> dict:
+    """A row: the runner beside nbclient alone."""
+    ways = {"nbclient": lambda: by_nbclient(job), "runner": lambda: by_runner([job])}
+    times = measure.compare(ways, rounds=rounds, warm_up=1 if parameters == "small parameters" else 0)
     extra = times.part("runner", of="nbclient")
-    yield {
-        "what": f"the runner, {ONE} with small parameters (s)",
+    return {
+        "what": f"the runner, {ONE} with {parameters} (s)",
         "plain": f"{times['nbclient']:.1f} (nbclient)",
         "ours": f"{times['runner']:.1f}",
         "limit": "5% more (agreed)",
         "against plain": f"{extra:.2f}x",
         "of the limit": f"{(extra.median - 1) / 0.05:.0%}",
     }
+
+
+def measure_all(rounds: int = ROUNDS) -> Iterator[dict]:
+    yield overhead(smaller(ONE), "small parameters", rounds)
+    yield overhead(at_defaults(ONE), "its defaults", rounds)
     several = [smaller(stem) for stem in SEVERAL]
     ways = {"--jobs 1": lambda: by_runner(several), "--jobs 2": lambda: by_runner(several, 2)}
     times = measure.compare(ways, rounds=max(1, rounds - 1), warm_up=0)

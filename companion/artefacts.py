@@ -78,15 +78,16 @@ def _checksum(path: Path) -> str:
 
 
 def _script(model: nn.Module, calibration: list[torch.Tensor], folder: Path, about: About) -> None:
+    example = calibration[0][:2]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a trace holds what Python decided: it is compared afterwards
         try:
-            traced = torch.jit.trace(model, calibration[0], check_trace=False)
+            traced = torch.jit.trace(model, example, check_trace=False)
         except Exception as error:  # whatever the tracer has to say of the model
             raise ArtefactError(f"{type(model).__name__} cannot be traced: {_first_line(error)}") from error
         frozen = torch.jit.freeze(traced.eval())
         try:
-            frozen(calibration[0])
+            frozen(example)
         except RuntimeError as error:  # the interpreter gives its reason last
             reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
             raise ArtefactError(f"{type(model).__name__} does not run as a script: {reason}") from error

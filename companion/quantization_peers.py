@@ -158,7 +158,7 @@ def openvino_file(model: nn.Module, calibration: Sequence[torch.Tensor], folder:
     does.
     """
     ov = _openvino()
-    model, example = copy.deepcopy(model).eval(), calibration[0]
+    model, example = copy.deepcopy(model).eval(), calibration[0][:2]
     try:
         with _quiet():
             graph = ov.convert_model(model, example_input=example, input=[-1, *example.shape[1:]])

@@ -111,7 +111,8 @@ def _small(monkeypatch, tmp_path):
         tpu,
     ]
     monkeypatch.setattr(runner, "SEVERAL", ["short", "short too"])
-    monkeypatch.setattr(runner, "smaller", lambda stem: runner.jobs.Job(short_notebook(tmp_path), {}, stem))
+    for name in ("smaller", "at_defaults"):
+        monkeypatch.setattr(runner, name, lambda stem: runner.jobs.Job(short_notebook(tmp_path), {}, stem))
     for module in (*modules, ray_tune, quantization, pruning, runner, preflight):
         monkeypatch.setattr(
             module, "measure_all", lambda measure_all=module.measure_all: measure_all(rounds=1)
@@ -178,6 +179,7 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         "speed-up, ResNet-18, 32 px, batch 8, 50% removed, then int8",
         *[row["what"].split(" (")[0] for row in written["rows"] if "threads: picks" in row["what"]],
         "the runner, 02_data_parallel with small parameters",
+        "the runner, 02_data_parallel with its defaults",
         "2 notebooks with small parameters, two at once",
         *COMPILER,
     ]
