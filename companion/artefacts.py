@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from companion import machine, modules
 from companion import quantization_peers as peers
@@ -95,7 +96,9 @@ def _script(model: nn.Module, calibration: list[torch.Tensor], folder: Path, abo
 
 
 def _program(model: nn.Module, calibration: list[torch.Tensor], folder: Path, about: About) -> None:
-    graph = pt2e.program(model, calibration[0])
+    # Newer releases cannot follow Python where torchao's weights are put together as they are read.
+    strict = not any(parametrize.is_parametrized(module) for module in model.modules())
+    graph = pt2e.program(model, calibration[0], strict)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -111,8 +111,9 @@ def _graph(model: nn.Module, batch: torch.Tensor) -> fx.GraphModule:
     return graph
 
 
-def program(model: nn.Module, batch: torch.Tensor) -> torch.export.ExportedProgram:
+def program(model: nn.Module, batch: torch.Tensor, strict: bool = True) -> torch.export.ExportedProgram:
     """The model as torch.export has it, for any batch size; `batch` `[N, ...]` has two samples at least.
+    `strict`: Python is followed by the compiler, else it runs; the quantizer needs what the first notes.
 
     Raises QuantizationError for a model that torch.export cannot follow.
     """
@@ -124,7 +125,7 @@ def program(model: nn.Module, batch: torch.Tensor) -> torch.export.ExportedProgr
     try:
         # Guards in C++ would need a compiler, and torch in a path without a space.
         with torch._dynamo.config.patch(enable_cpp_symbolic_shape_guards=False):
-            return torch.export.export(model, (batch,), dynamic_shapes=sizes, strict=True)
+            return torch.export.export(model, (batch,), dynamic_shapes=sizes, strict=strict)
     except Exception as error:  # whatever torch.export has to say of the model
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise QuantizationError(f"torch.export cannot follow {type(model).__name__}: {said}") from error
