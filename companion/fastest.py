@@ -200,7 +200,7 @@ class _Search:
         ):
             return None
         self.hopeless.add(variant.name)
-        return f"not tried: far behind {'is' if len(known) == 1 else 'are'} {', '.join(known)}"
+        return f"not tried: the lead is out of reach for {', '.join(known)}"
 
     def _speed_up(self, name: str) -> dict[int, Spread] | None:
         return self.rows[name].speed_up if name in self.rows else None

@@ -132,8 +132,9 @@ def plain(
     best = min(counts, key=lambda count: math.prod(latency[size][str(count)].median for size in sizes))
     own = {size: latency[size][str(best)] for size in sizes}
     devices.set_threads(best)
-    products = {size: in_products(model, batch(inputs, size), own[size]) for size in sizes}
-    return Plain(accuracies, best, own, memory.disk_bytes(model), products if inputs.is_cpu else {})
+    profiled = sizes if inputs.is_cpu else ()  # operators' seconds on a CPU say nothing of a GPU's
+    products = {size: in_products(model, batch(inputs, size), own[size]) for size in profiled}
+    return Plain(accuracies, best, own, memory.disk_bytes(model), products)
 
 
 def in_products(model: nn.Module, x: torch.Tensor, latency: Spread) -> float:
