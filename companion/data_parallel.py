@@ -135,6 +135,9 @@ def parallel_apply(
                 for kind, dtype in autocasts.items():
                     modes.enter_context(torch.autocast(kind, dtype))
                 torch.set_num_threads(threads)
+                if (place := place_of(pieces[i])).type == "cuda":
+                    modes.enter_context(torch.cuda.device(place))
+                    torch.ones(1, device=place)  # gives the thread its context, of which cuBLAS would warn
                 args, kwargs = pieces[i]
                 results[i] = replicas[i](*args, **kwargs)
         except BaseException as error:  # whatever it is, it is raised again where the model was called
@@ -144,13 +147,22 @@ def parallel_apply(
     torch.set_num_threads(before)  # else threads that start later would take the workers' number
     for i, result in enumerate(results):
         if isinstance(result, BaseException):
-            tensors = [leaf for leaf in tree_flatten(pieces[i])[0] if isinstance(leaf, torch.Tensor)]
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(pieces[i]))
             result.add_note(
-                f"in replica {i} of {len(replicas)}, on {tensors[0].device}, with inputs of shape {shapes}"
+                f"in replica {i} of {len(replicas)}, on {place_of(pieces[i])}, with inputs of shape {shapes}"
             )
             raise result
     return results
+
+
+def tensors_of(piece: tuple[tuple, dict]) -> list[torch.Tensor]:
+    """The tensors among the arguments of a replica, however they are nested."""
+    return [leaf for leaf in tree_flatten(piece)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def place_of(piece: tuple[tuple, dict]) -> torch.device:
+    """The device that a piece was sent to."""
+    return tensors_of(piece)[0].device
 
 
 def gather(outputs: Sequence, place: torch.device) -> object:

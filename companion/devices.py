@@ -199,3 +199,15 @@ def set_threads(threads: int | None = None) -> int:
         raise ValueError(f"threads={threads} is not between 1 and the {cores} usable cores")
     torch.set_num_threads(threads)
     return threads
+
+
+def set_exact(on: bool = True) -> bool:
+    """Lets GPUs compute with all 24 bits of float32, by the same kernels each time, so that results can be
+    compared; with False as torch does from the start, whose convolutions keep 11 bits (TF32) and are faster.
+
+    Gives what was set before. On other devices nothing changes. Ranks do as the process that starts them.
+    """
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = on
+    torch.backends.cudnn.allow_tf32 = not on
+    return before

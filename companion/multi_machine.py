@@ -30,7 +30,8 @@ from companion.sharded_checkpoint import Checkpoints
 class Recipe:
     """How long and from what is trained: `batch_size` is that of all ranks together; a checkpoint after each
     `every` steps goes into `folder`, which all machines see. `pause_seconds` make a step longer, so that
-    there is time for a fault. No message may wait longer than `timeout_seconds`.
+    there is time for a fault. No message may wait longer than `timeout_seconds`. `precision` is float32, or
+    float64, whose rounding stays small even where Adam divides by it.
     """
 
     folder: str
@@ -44,6 +45,7 @@ class Recipe:
     asynchronous: bool = False
     pause_seconds: float = 0.0
     timeout_seconds: float = 60.0
+    precision: str = "float32"
 
     def __post_init__(self):
         for name in ("steps", "every", "batch_size"):
@@ -51,6 +53,7 @@ class Recipe:
         checks.number("learning_rate", self.learning_rate, above=0)
         checks.number("pause_seconds", self.pause_seconds, least=0)
         checks.number("timeout_seconds", self.timeout_seconds, above=0)
+        checks.choice("precision", self.precision, ("float32", "float64"))
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def train(
     folder = checks.folder("folder", recipe.folder)
     check_same(recipe)
     training.seed_everything(recipe.seed)
-    model = models.LeNet5(classes=len(splits.classes)).to(here)
+    model = models.LeNet5(classes=len(splits.classes)).to(here, getattr(torch, recipe.precision))
     wrapped = ddp.wrap(model)
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
     checkpoints = Checkpoints(folder, asynchronous=recipe.asynchronous)
@@ -131,7 +134,8 @@ def train(
     tell("start", rank=rank, ranks=ranks, step=first, restart=restart)
     for step in range(first, recipe.steps):
         own = indices(step, len(splits.train.labels), recipe.batch_size, recipe.seed).chunk(ranks)[rank]
-        images, labels = splits.train.images[own].to(here), splits.train.labels[own].to(here)
+        images = splits.train.images[own].to(here, getattr(torch, recipe.precision))
+        labels = splits.train.labels[own].to(here)
         loss = training.plain_step(wrapped, images, labels, F.cross_entropy, optimizer).detach()
         dist.all_reduce(loss)
         losses.append(loss.item() / ranks)

@@ -21,6 +21,8 @@ from torch import fx, nn
 from companion import attention, devices
 from companion.quantization import QuantizationError
 
+LARGEST_BATCH = 2**16 - 1  # cuDNN's batch normalisation takes no more
+
 KINDS = ("int8_dynamic", "int8_weights", "int4_weights")
 
 
@@ -117,7 +119,7 @@ def program(model: nn.Module, batch: torch.Tensor, strict: bool = True) -> torch
 
     Raises QuantizationError for a model that torch.export cannot follow.
     """
-    sizes = ({0: torch.export.Dim("batch", min=1, max=2**16)},)
+    sizes = ({0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)},)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(
         False

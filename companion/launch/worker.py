@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from companion import devices
 from companion.launch import pickling
 from companion.launch.protocol import Order, Report
 
@@ -81,6 +82,9 @@ def main(control, out, err, payload, cells, variables, start_method, backend, ti
         torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
         if variables["COMPANION_DEVICE"].startswith("cuda"):
             torch.cuda.set_device(variables["COMPANION_DEVICE"])
+            devices.set_exact(variables["COMPANION_EXACT"] == "1")
+            # The thread of backward passes has no context of its own yet, of which cuBLAS would warn.
+            torch.ones(1, device=variables["COMPANION_DEVICE"], requires_grad=True).exp().sum().backward()
         if backend:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
         function, args = map(pickling.unpack, payload)
