@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import tempfile
@@ -77,16 +78,25 @@ def _begin(node: dict, nodes: int) -> None:
     _started.update(folder=folder, cluster=None)
     try:
         if nodes == 1:
-            ray.init("local", **node, **_QUIET, _node_ip_address=LOOPBACK, _temp_dir=folder)
+            ray.init("local", **node, **_options(), _node_ip_address=LOOPBACK, _temp_dir=folder)
         else:
             _started["cluster"] = cluster = _simulated(nodes, node, folder)
-            ray.init(cluster.address, **_QUIET, _node_ip_address=LOOPBACK)
+            ray.init(cluster.address, **_options(), _node_ip_address=LOOPBACK)
         addresses = {one["NodeManagerAddress"] for one in ray.nodes()}
         if addresses != {LOOPBACK}:
             raise RuntimeError(f"Ray listens on {', '.join(addresses)} instead of on loopback only")
     except BaseException:
         stop()
         raise
+
+
+def _options() -> dict[str, object]:
+    """Of `ray.init`: quiet, and with Python's path as a shell takes it, for Ray gives it to one as it is.
+
+    Where the path has a space its workers would die as they start, and whoever asked would wait for ever.
+    """
+    quoted = shlex.quote(sys.executable)
+    return _QUIET if quoted == sys.executable else _QUIET | {"runtime_env": {"py_executable": quoted}}
 
 
 def _guard(only_loopback: bool) -> None:
@@ -114,7 +124,7 @@ def join(address: str) -> dict[str, float]:
         raise RuntimeError("Ray already runs in this process: ray_session.stop() ends what start() started")
     inside = address.startswith(LOOPBACK)
     _guard(only_loopback=inside)
-    imported().init(address, **_QUIET, **({"_node_ip_address": LOOPBACK} if inside else {}))
+    imported().init(address, **_options(), **({"_node_ip_address": LOOPBACK} if inside else {}))
     return resources()
 
 
