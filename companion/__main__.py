@@ -34,18 +34,21 @@ def run(arguments: argparse.Namespace) -> int:
     folder, wanted, done = _wanted(arguments)
     if done:
         print(f"{done} of {done + len(wanted)} have passed already")
-    failed = 0
+    failed = []
     for outcome in _outcomes(arguments, wanted, folder):
-        failed += outcome.error is not None
+        failed += [outcome] if outcome.error else []
         print(
             f"{outcome.job.name:40} {outcome.seconds:6.0f} s {outcome.cpu_seconds:6.0f} CPU-s "
             f"{outcome.memory_bytes / 2**30:5.1f} GiB  "
             f"{'failed: ' + outcome.error if outcome.error else 'passed'}",
             flush=True,
         )
-    passed = done + len(wanted) - failed
-    print(f"{passed} passed, {failed} failed; report: {folder / ledger.REPORT}")
-    return int(failed > 0)
+    for outcome in failed:  # once more, where whoever looks at the end of a log sees it
+        where = "" if outcome.cell is None else f" in cell {outcome.cell}"
+        print(f"failed: {outcome.job.name}{where}: {outcome.error}")
+    passed = done + len(wanted) - len(failed)
+    print(f"{passed} passed, {len(failed)} failed; report: {folder / ledger.REPORT}")
+    return int(bool(failed))
 
 
 def _wanted(arguments: argparse.Namespace) -> tuple[Path, list[jobs.Job], int]:

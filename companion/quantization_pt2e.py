@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable
 from types import MethodType, ModuleType
 
 import torch
-import torch._dynamo.config
-import torch._inductor.config
 from torch import fx, nn
 
 from companion import attention, devices
@@ -119,6 +117,8 @@ def program(model: nn.Module, batch: torch.Tensor, strict: bool = True) -> torch
 
     Raises QuantizationError for a model that torch.export cannot follow.
     """
+    from torch._dynamo import config  # the compiler takes seconds to import, and few need it
+
     sizes = ({0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)},)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(
@@ -126,7 +126,7 @@ def program(model: nn.Module, batch: torch.Tensor, strict: bool = True) -> torch
     )  # one operator for a whole layer, which export cannot follow
     try:
         # Guards in C++ would need a compiler, and torch in a path without a space.
-        with torch._dynamo.config.patch(enable_cpp_symbolic_shape_guards=False):
+        with config.patch(enable_cpp_symbolic_shape_guards=False):
             return torch.export.export(model, (batch,), dynamic_shapes=sizes, strict=strict)
     except Exception as error:  # whatever torch.export has to say of the model
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -162,7 +162,9 @@ class Compiled(nn.Module):
         if x.shape in self.known:
             return self.call(x.clone())
         self.known.add(x.shape)
-        with torch._inductor.config.patch(freezing=True), warnings.catch_warnings():
+        from torch._inductor import config
+
+        with config.patch(freezing=True), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the compiler says of its own ways
             return self.call(x.clone())
 
