@@ -207,7 +207,8 @@ def set_exact(on: bool = True) -> bool:
 
     Gives what was set before. On other devices nothing changes. Ranks do as the process that starts them.
     """
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = on
-    torch.backends.cudnn.allow_tf32 = not on
+    before, cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn
+    cudnn.deterministic = on
+    for kind in (cudnn.conv, cudnn.rnn):
+        kind.fp32_precision = "ieee" if on else "tf32"
     return before

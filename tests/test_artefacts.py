@@ -154,3 +154,14 @@ def test_a_script_that_fails_when_it_runs_says_why(tmp_path):
 def test_a_model_that_cannot_be_written_is_named(kind, model, said, images, tmp_path):
     with pytest.raises(ValueError, match=said):
         artefacts.save(model, [images], tmp_path / "made", about(kind))
+
+
+def test_tf32_is_on_inside_only():
+    def now():
+        cudnn = torch.backends.cudnn
+        return torch.get_float32_matmul_precision(), cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+
+    before = now()
+    with artefacts.tf32():
+        assert now() == ("high", "tf32", "tf32")
+    assert now() == before

@@ -41,6 +41,18 @@ def test_gpu_that_does_not_exist_is_refused(monkeypatch):
     assert [str(d) for d in devices.select_list("auto", 3)] == ["cuda:0", "cuda:1", "cuda:0"]
 
 
+def test_exact_arithmetic_is_set_and_what_was_before_is_given():
+    conv, rnn = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    assert devices.set_exact() is False
+    try:
+        assert (conv.fp32_precision, rnn.fp32_precision) == ("ieee", "ieee")
+        assert devices.set_exact() is True
+    finally:
+        devices.set_exact(False)
+    assert (conv.fp32_precision, rnn.fp32_precision) == ("tf32", "tf32"), "not what torch has from the start"
+    assert not torch.backends.cudnn.deterministic
+
+
 def test_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(devices, "_installed", lambda package: False)
     monkeypatch.setattr(stacks, "current", lambda: stacks.TABLE[2, 9])
