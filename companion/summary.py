@@ -60,6 +60,11 @@ def machine_of(row: dict) -> str:
     return f"{where}, {about['cores']} cores"
 
 
+def machines_of(rows: Sequence[dict]) -> str:
+    """All machines that measured one of these rows."""
+    return " and ".join(dict.fromkeys(map(machine_of, rows)))
+
+
 def entries(rows: Sequence[dict]) -> list[Entry]:
     """What was measured, an entry for each batch size that a row has; in the order of the notebooks.
 

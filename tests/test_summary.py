@@ -50,6 +50,14 @@ def found(folder):
     return {entry.technique: entry for entry in summary.entries(summary.read(folder))}
 
 
+def test_every_machine_is_named_once():
+    rows = [
+        {"device": "cpu", "environment": {"cpu": cpu, "cores": 2}}
+        for cpu in ("AMD EPYC", "Intel", "AMD EPYC")
+    ]
+    assert summary.machines_of(rows) == "AMD EPYC, 2 cores and Intel, 2 cores"
+
+
 def test_speeds_are_set_against_the_first_row_of_their_notebook(found):
     assert found["plain"].speed_up == Spread(1.0, 1.0, 1.0, 1)
     fast = found["vectorised batches"].speed_up
