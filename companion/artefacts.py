@@ -146,15 +146,13 @@ class Artefact(nn.Module):
 @contextlib.contextmanager
 def tf32() -> Iterator[None]:
     """Lets float32 products on a GPU use TensorFloat-32 inside."""
-    places = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    products, before = torch.get_float32_matmul_precision(), [place.fp32_precision for place in places]
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [place.fp32_precision for place in places]
     try:
-        torch.set_float32_matmul_precision("high")
         for place in places:
             place.fp32_precision = "tf32"
         yield
     finally:
-        torch.set_float32_matmul_precision(products)
         for place, was in zip(places, before, strict=True):
             place.fp32_precision = was
 

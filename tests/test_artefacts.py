@@ -158,10 +158,11 @@ def test_a_model_that_cannot_be_written_is_named(kind, model, said, images, tmp_
 
 def test_tf32_is_on_inside_only():
     def now():
-        cudnn = torch.backends.cudnn
-        return torch.get_float32_matmul_precision(), cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+        places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+        return [place.fp32_precision for place in places]
 
     before = now()
     with artefacts.tf32():
-        assert now() == ("high", "tf32", "tf32")
+        assert now() == ["tf32"] * 3
     assert now() == before
+    assert before[0] != "tf32"

@@ -89,7 +89,7 @@ def test_a_failing_notebook_stops_no_other_and_the_exit_code_says_so(notebooks, 
     assert "2 passed, 1 failed" in printed
     last = printed.rstrip().splitlines()[-2:]
     assert [line.split(":")[0] for line in last] == ["failed", "2 passed, 1 failed; report"], "not at the end"
-    assert last[0].startswith("failed: 01_fails in cell ")
+    assert last[0] == "failed: 01_fails: RuntimeError: this one fails"
     executed = nbformat.read(out / "00_works.ipynb", 4)
     assert executed.cells[-1].outputs[0].text == "7 float digits\n"
     assert "papermill" not in executed.metadata
