@@ -30,8 +30,9 @@ if [ "$stack" = preflight ]; then wanted='.[preflight]'; fi
 if [ "$stack" = reference ]; then
     wanted='.[notebooks,dev,compress,peers,tune,site,xla]' # the last torch_xla needs the reference stack's torch
 fi
+# Compiled once: where PYTHONDONTWRITEBYTECODE is set each process would compile torch anew, for seconds.
 if "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv &&
-    UV_SYSTEM_CERTS=1 "$venv/bin/python" -m uv pip install --quiet --python "$venv/bin/python" --constraint "$constraints" --editable "$wanted"; then
+    UV_SYSTEM_CERTS=1 "$venv/bin/python" -m uv pip install --compile-bytecode --quiet --python "$venv/bin/python" --constraint "$constraints" --editable "$wanted"; then
     :
 else
     echo "uv could not do it; falling back to pip ..." >&2
