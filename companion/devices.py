@@ -6,6 +6,7 @@ import os
 import shutil
 import sysconfig
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -209,6 +210,9 @@ def set_exact(on: bool = True) -> bool:
     """
     before, cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn
     cudnn.deterministic = on
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the older switch is old: torch.compile still asks for it
+        cudnn.allow_tf32 = not on
     for kind in (cudnn.conv, cudnn.rnn):
         kind.fp32_precision = "ieee" if on else "tf32"
     return before

@@ -47,6 +47,7 @@ def test_exact_arithmetic_is_set_and_what_was_before_is_given(monkeypatch):
     assert devices.set_exact() is False
     try:
         assert (conv.fp32_precision, rnn.fp32_precision) == ("ieee", "ieee")
+        assert torch.backends.cudnn.allow_tf32 is False, "torch.compile could not read it"
         assert devices.set_exact() is True
     finally:
         devices.set_exact(False)
