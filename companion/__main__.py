@@ -36,7 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{done} of {done + len(wanted)} have passed already")
     failed = []
     for outcome in _outcomes(arguments, wanted, folder):
-        failed += [outcome] if outcome.error else []
+        if outcome.error:
+            failed.append(outcome)
         print(
             f"{outcome.job.name:40} {outcome.seconds:6.0f} s {outcome.cpu_seconds:6.0f} CPU-s "
             f"{outcome.memory_bytes / 2**30:5.1f} GiB  "

@@ -202,17 +202,21 @@ def set_threads(threads: int | None = None) -> int:
     return threads
 
 
-def set_exact(on: bool = True) -> bool:
+def set_exact(on: bool = True) -> None:
     """Lets GPUs compute with all 24 bits of float32, by the same kernels each time, so that results can be
     compared; with False as torch does from the start, whose convolutions keep 11 bits (TF32) and are faster.
 
-    Gives what was set before. On other devices nothing changes. Ranks do as the process that starts them.
+    On other devices nothing changes. Ranks do as the process that starts them.
     """
-    before, cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn
+    cudnn = torch.backends.cudnn
     cudnn.deterministic = on
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the older switch is old: torch.compile still asks for it
         cudnn.allow_tf32 = not on
     for kind in (cudnn.conv, cudnn.rnn):
         kind.fp32_precision = "ieee" if on else "tf32"
-    return before
+
+
+def is_exact() -> bool:
+    """Whether `set_exact` holds; a GPU's kernels alone may have been made deterministic by others too."""
+    return torch.backends.cudnn.deterministic and torch.backends.cudnn.conv.fp32_precision == "ieee"

@@ -125,7 +125,8 @@ def train(
     folder = checks.folder("folder", recipe.folder)
     check_same(recipe)
     training.seed_everything(recipe.seed)
-    model = models.LeNet5(classes=len(splits.classes)).to(here, getattr(torch, recipe.precision))
+    dtype = getattr(torch, recipe.precision)
+    model = models.LeNet5(classes=len(splits.classes)).to(here, dtype)
     wrapped = ddp.wrap(model)
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
     checkpoints = Checkpoints(folder, asynchronous=recipe.asynchronous)
@@ -134,8 +135,7 @@ def train(
     tell("start", rank=rank, ranks=ranks, step=first, restart=restart)
     for step in range(first, recipe.steps):
         own = indices(step, len(splits.train.labels), recipe.batch_size, recipe.seed).chunk(ranks)[rank]
-        images = splits.train.images[own].to(here, getattr(torch, recipe.precision))
-        labels = splits.train.labels[own].to(here)
+        images, labels = splits.train.images[own].to(here, dtype), splits.train.labels[own].to(here)
         loss = training.plain_step(wrapped, images, labels, F.cross_entropy, optimizer).detach()
         dist.all_reduce(loss)
         losses.append(loss.item() / ranks)

@@ -41,18 +41,20 @@ def test_gpu_that_does_not_exist_is_refused(monkeypatch):
     assert [str(d) for d in devices.select_list("auto", 3)] == ["cuda:0", "cuda:1", "cuda:0"]
 
 
-def test_exact_arithmetic_is_set_and_what_was_before_is_given(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # some package may have set it
-    conv, rnn = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
-    assert devices.set_exact() is False
+def test_exact_arithmetic_is_set_and_taken_back(monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", True)  # as some packages do, which is not all of it
+    assert not devices.is_exact()
+    devices.set_exact()
     try:
-        assert (conv.fp32_precision, rnn.fp32_precision) == ("ieee", "ieee")
-        assert torch.backends.cudnn.allow_tf32 is False, "torch.compile could not read it"
-        assert devices.set_exact() is True
+        assert devices.is_exact()
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "ieee")
+        assert cudnn.allow_tf32 is False, "torch.compile could not read it"
     finally:
         devices.set_exact(False)
-    assert (conv.fp32_precision, rnn.fp32_precision) == ("tf32", "tf32"), "not what torch has from the start"
-    assert not torch.backends.cudnn.deterministic
+    assert not devices.is_exact()
+    assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("tf32", "tf32"), "not as from the start"
+    assert not cudnn.deterministic
 
 
 def test_missing_package_is_named_with_its_extra(monkeypatch):

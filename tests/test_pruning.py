@@ -119,3 +119,9 @@ def test_sensitivity_tells_layers_apart(trained_lenet, digits):
 def test_what_cannot_be_is_refused(trained_lenet, attempt, said):
     with pytest.raises(PruningError, match=said):
         attempt(trained_lenet)
+
+
+def test_of_each_four_the_two_largest_stay():
+    matrix = torch.tensor([[1.0, -4.0, 3.0, 2.0, 0.0, 5.0, -6.0, 1.0]])
+    assert pruning.two_of_four(matrix).tolist() == [[0.0, -4.0, 3.0, 0.0, 0.0, 5.0, -6.0, 0.0]]
+    assert matrix[0, 0] == 1.0, "the given matrix was changed"

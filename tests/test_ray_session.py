@@ -188,6 +188,13 @@ def test_a_machine_that_was_too_busy_gets_a_second_chance(monkeypatch):
         ray_session.start()
 
 
+def test_pythons_path_is_quoted_where_a_shell_would_cut_it(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/a b/bin/python")
+    assert ray_session._options()["runtime_env"] == {"py_executable": "'/a b/bin/python'"}
+    monkeypatch.setattr(sys, "executable", "/ab/bin/python")
+    assert "runtime_env" not in ray_session._options()
+
+
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'accelerating-pytorch\[tune\]'"):

@@ -151,7 +151,7 @@ def run(
         "TORCHELASTIC_USE_AGENT_STORE": True,
         "TORCHELASTIC_RESTART_COUNT": 0,
         "OMP_NUM_THREADS": threads,
-        "COMPANION_EXACT": torch.backends.cudnn.deterministic,  # see devices.set_exact
+        "COMPANION_EXACT": devices.is_exact(),
     }
     shared |= {
         name: os.environ.get(name, loopback()) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

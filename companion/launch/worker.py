@@ -82,7 +82,7 @@ def main(control, out, err, payload, cells, variables, start_method, backend, ti
         torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
         if variables["COMPANION_DEVICE"].startswith("cuda"):
             torch.cuda.set_device(variables["COMPANION_DEVICE"])
-            devices.set_exact(variables["COMPANION_EXACT"] == "True")
+            devices.set_exact(variables["COMPANION_EXACT"] == str(True))
             # The thread of backward passes has no context of its own yet, of which cuBLAS would warn.
             torch.ones(1, device=variables["COMPANION_DEVICE"], requires_grad=True).exp().sum().backward()
         if backend:
