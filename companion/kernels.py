@@ -2,7 +2,9 @@
 cell, and their memory.
 """
 
+import math
 import os
+import queue
 import signal
 import threading
 import time
@@ -16,7 +18,28 @@ import psutil
 from companion import host
 
 SAMPLE_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 JOB = "COMPANION_JOB"  # the environment variable that names the run's job to what records in it
+
+
+def shell_channel() -> type:
+    """The class of a client's channel to the kernel, by which a cell's reply comes.
+
+    nbclient answers an Output widget (of `widgets.interact`) on this channel's socket, past asyncio. That may
+    swallow the signal that the cell's reply has come, and who waits for the signal waits for ever: 1 or 2 of
+    100 such cells. So this one looks again each LOOK_SECONDS.
+    """
+    from jupyter_client.channels import AsyncZMQSocketChannel
+
+    class Channel(AsyncZMQSocketChannel):
+        async def get_msg(self, timeout=None):
+            end = math.inf if timeout is None else time.monotonic() + timeout
+            while (left := end - time.monotonic()) > LOOK_SECONDS:
+                with suppress(queue.Empty):
+                    return await super().get_msg(timeout=LOOK_SECONDS)
+            return await super().get_msg(timeout=max(0.0, left))
+
+    return Channel
 
 
 @dataclass(frozen=True)
@@ -51,11 +74,17 @@ class Kernel:
         }
 
     def _manager(self) -> type:
+        from jupyter_client.asynchronous import AsyncKernelClient
         from jupyter_client.manager import AsyncKernelManager
 
         kernel = self
 
+        class Client(AsyncKernelClient):
+            shell_channel_class = shell_channel()
+
         class Manager(AsyncKernelManager):
+            client_factory = Client
+
             async def start_kernel(self, **options):
                 options["env"] = os.environ | (options.get("env") or {}) | kernel.variables
                 if kernel.log:

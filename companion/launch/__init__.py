@@ -39,7 +39,9 @@ PRELOAD = [
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
     "tqdm.notebook",
-    "companion.training",
+    "companion.ddp",
+    "companion.hybrid",
+    "companion.model_parallel",
 ]
 
 
