@@ -88,7 +88,7 @@ lint: $(READY)
 # The compiler is tested once, with the reference stack, where it runs.
 units: $(READY) lint $(if $(filter Linux-x86_64-reference,$(shell uname -sm | tr ' ' -)-$(STACK)),$(PREFLIGHT))
 	@mkdir -p $(TEST_FILES)
-	$(if $(UNITS),$(PYTEST) --dist loadfile $(SELECT) $(UNITS))
+	$(if $(UNITS),$(PYTEST) --dist loadfile --no-loadscope-reorder $(SELECT) $(UNITS))
 
 notebooks-in-other-ways: $(READY) units
 	$(if $(EVERYTHING),$(PYTEST) --dist load tests/test_notebooks.py $(if $(NB),-k $(NAME)))
