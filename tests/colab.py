@@ -53,7 +53,8 @@ def environment(runtime: str) -> Path:
     uv = [sys.executable, "-m", "uv"]
     subprocess.run([*uv, "venv", "--quiet", "--seed", "--python", version, str(folder)], check=True)
     wanted = [*packages, *(one for one in COMMON if one.split("==")[0] not in packages)]
-    subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(interpreter), *wanted], check=True)
+    options = ["--quiet", "--compile-bytecode", "--python", str(interpreter)]
+    subprocess.run([*uv, "pip", "install", *options, *wanted], check=True)
     place = [str(interpreter), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     packages_folder = Path(subprocess.run(place, check=True, capture_output=True, text=True).stdout.strip())
     fake = packages_folder / "google" / "colab"
