@@ -164,8 +164,10 @@ class Compiled(nn.Module):
         self.known.add(x.shape)
         from torch._inductor import config
 
-        with config.patch(freezing=True), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the compiler says of its own ways
+        # What the compiler says of its own ways is not the caller's matter.
+        quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+        with config.patch(freezing=True, **quiet), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return self.call(x.clone())
 
 

@@ -98,3 +98,10 @@ REFUSED = {
 def test_what_cannot_be_quantized_is_refused(message):
     with pytest.raises(QuantizationError, match=message):
         REFUSED[message]()
+
+
+@pytest.mark.skipif(devices.why_not("compile") is not None, reason="needs torch.compile")
+def test_the_compiler_tries_and_says_nothing(capfd):
+    made = quantization_pt2e.Compiled(nn.Linear(64, 48).eval(), mode="max-autotune-no-cudagraphs")
+    assert made(torch.randn(16, 64)).shape == (16, 48)
+    assert capfd.readouterr() == ("", "")
