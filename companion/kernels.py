@@ -26,18 +26,21 @@ def shell_channel() -> type:
     """The class of a client's channel to the kernel, by which a cell's reply comes.
 
     nbclient answers an Output widget (of `widgets.interact`) on this channel's socket, past asyncio. That may
-    swallow the signal that the cell's reply has come, and who waits for the signal waits for ever: 1 or 2 of
-    100 such cells. So this one looks again each LOOK_SECONDS.
+    swallow the signal that the cell's reply has come, and who waits for the signal waits for ever: 7 of
+    600 such cells. So this one looks again each LOOK_SECONDS.
     """
     from jupyter_client.channels import AsyncZMQSocketChannel
 
     class Channel(AsyncZMQSocketChannel):
         async def get_msg(self, timeout=None):
             end = math.inf if timeout is None else time.monotonic() + timeout
-            while (left := end - time.monotonic()) > LOOK_SECONDS:
-                with suppress(queue.Empty):
-                    return await super().get_msg(timeout=LOOK_SECONDS)
-            return await super().get_msg(timeout=max(0.0, left))
+            while True:
+                left = max(0.0, end - time.monotonic())
+                try:
+                    return await super().get_msg(timeout=min(left, LOOK_SECONDS))
+                except queue.Empty:
+                    if time.monotonic() >= end:
+                        raise
 
     return Channel
 

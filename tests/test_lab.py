@@ -194,7 +194,7 @@ def test_an_interrupt_in_mid_training_leaves_no_worker(page, lab):
     time.sleep(3)  # in the middle
     page.locator(".lm-MenuBar-itemLabel", has_text="Kernel").first.click()
     page.get_by_text("Interrupt Kernel", exact=True).click()
-    lab.wait(lab.idle, 60, "the kernel was not interrupted")
+    lab.wait(lambda: page.evaluate(ENDED), 60, "the kernel was not interrupted")
     lab.wait(lambda: not lab.ranks(), 15, "ranks are left")
     (error,) = code(saved(page, lab, "training.ipynb"))[1].outputs[-1:]
     assert error.output_type == "error"

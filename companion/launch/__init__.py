@@ -31,6 +31,7 @@ from companion.launch.ranks import Rank
 from companion.launch.spawned import end_with_parent as end_with_parent
 from companion.launch.spawned import overheard as overheard
 
+# What the functions that notebooks send need: imported once, by the server, instead of in each rank.
 PRELOAD = [
     "torch._dynamo",
     "torch.nn.parallel",
