@@ -100,7 +100,8 @@ def _family(pid: int) -> list[psutil.Process]:
 
 @dataclass
 class Machines:
-    """Machines that run `main(arguments)` in ranks of one world; a context that ends all of them.
+    """Machines that run `main(arguments)` in ranks of one world, on the CPU: they share this machine's GPUs,
+    and nccl refuses two ranks on one. A context that ends all of them.
 
     `nodes` is a number, or a range such as "1:2": training then goes on with fewer. `inside` are the networks
     of the machines by node rank, see `network.Network`; without them all use the loopback interface. The
@@ -179,6 +180,7 @@ class Machines:
         place = self.inside[rank] if self.inside else None
         variables = {
             "OMP_NUM_THREADS": "1",
+            "COMPANION_DEVICE": "cpu",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else a restart may hang on what the last one stored
             "GLOO_SOCKET_IFNAME": place.interface if place else launch.loopback(),
             MARK: self.mark,

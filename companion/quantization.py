@@ -11,12 +11,14 @@ Networks".
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.ao import quantization as ao
+from torch.nn.modules.rnn import GRU  # torch_xla puts one of its own into torch.nn
 
 from companion import attention, checkpoint
 from companion.fusing import fused, fusible
@@ -34,7 +36,7 @@ __all__ = [
     "traced",
     "trained",
 ]
-DYNAMIC = (nn.Linear, nn.LSTM, nn.GRU)
+DYNAMIC = (nn.Linear, nn.LSTM, GRU)
 OBSERVERS = {"histogram": ao.HistogramObserver, "minmax": ao.MinMaxObserver}
 
 
@@ -60,6 +62,21 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return made
 
 
+def _is_xla_gru(kind: type[nn.Module]) -> bool:
+    """Whether it is torch_xla's, which is nn.GRU once that is imported: the same weights, another loop."""
+    return kind is not GRU and issubclass(kind, GRU) and kind.__module__.startswith("torch_xla.")
+
+
+@contextmanager
+def _torchs_own_gru() -> Iterator[None]:
+    """nn.GRU is torch's own inside: torch quantizes only what is exactly that."""
+    there, nn.GRU = nn.GRU, GRU
+    try:
+        yield
+    finally:
+        nn.GRU = there
+
+
 def dynamic(model: nn.Module, kinds: Sequence[type[nn.Module]] = DYNAMIC, engine: str = "auto") -> nn.Module:
     """Weights of the layers of these `kinds` as int8; activations are quantized as they come, by their own
     range.
@@ -69,10 +86,14 @@ def dynamic(model: nn.Module, kinds: Sequence[type[nn.Module]] = DYNAMIC, engine
     transformers. Raises QuantizationError for an engine that is not here, or a model without
     such layers.
     """
-    with use_engine(engine):
+    with use_engine(engine), _torchs_own_gru():
         holder = nn.Module()  # what is in a module can be replaced: a lone nn.LSTM too
         holder.model = (attention.opened if nn.Linear in kinds else copy.deepcopy)(model).eval()
-        made = ao.quantize_dynamic(holder, set(kinds), dtype=torch.qint8, inplace=True).model
+        for module in holder.modules():
+            if _is_xla_gru(type(module)):
+                module.__class__ = GRU
+        wanted = {GRU if _is_xla_gru(kind) else kind for kind in kinds}
+        made = ao.quantize_dynamic(holder, wanted, dtype=torch.qint8, inplace=True).model
     for module in made.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fused kernel reads float weights, and would fail

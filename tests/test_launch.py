@@ -310,8 +310,25 @@ def test_under_torchrun_a_rank_finds_its_device(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert launch.device() == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert launch.device() == torch.device("cuda:0"), "GPUs in turn"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert launch.device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("gpus", "ranks", "backend"), [(2, 2, "nccl"), (1, 2, "gloo"), (0, 2, "gloo")])
+def test_under_torchrun_all_ranks_of_a_machine_take_one_backend(monkeypatch, gpus, ranks, backend):
+    monkeypatch.delenv("COMPANION_DEVICE", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: None)
+    taken = []
+    monkeypatch.setattr(dist, "init_process_group", lambda name, timeout: taken.append(name))
+    for rank in range(ranks):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        launch.join()
+    assert taken == [backend] * ranks
 
 
 def test_each_rank_with_a_gpu_of_its_own_uses_nccl(monkeypatch):

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.rnn import GRU  # nn.GRU is torch_xla's, once a test has imported that
 
-from companion import data, fusing, low_bits, memory, models, parity, quantization, training
+from companion import data, devices, fusing, low_bits, memory, models, parity, quantization, training
 from companion.quantization import QuantizationError
 
 pytestmark = pytest.mark.skipif(
@@ -162,7 +163,7 @@ def test_what_cannot_be_traced_is_fused_where_it_is_plain_to_see():
     "make",
     [
         lambda: nn.LSTM(8, 16, batch_first=True),
-        lambda: nn.GRU(8, 16, num_layers=2),
+        lambda: GRU(8, 16, num_layers=2),
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
         ),
@@ -180,6 +181,21 @@ def test_dynamic_integers_compute_nearly_the_same(make):
             answer[0] if isinstance(answer, tuple) else answer for answer in (made(x), model(x))
         )
     assert 0 < (found - expected).norm() / expected.norm() < 0.05
+
+
+def test_the_gru_that_torch_xla_puts_into_torch_gets_integers_too():
+    if reason := devices.why_not("xla"):
+        pytest.skip(reason)
+    devices.select("xla")  # imports torch_xla
+    model, x = nn.GRU(8, 16, batch_first=True).eval(), torch.randn(4, 6, 8)
+    assert type(model) is not GRU
+    on_cpu = GRU(8, 16, batch_first=True).eval()
+    on_cpu.load_state_dict(model.state_dict())
+    for made in quantization.dynamic(model), quantization.dynamic(model, [nn.GRU]):
+        assert quantization.layers(made).quantized
+        with torch.no_grad():
+            assert 0 < (made(x)[0] - on_cpu(x)[0]).norm() / on_cpu(x)[0].norm() < 0.05
+    assert type(model) is nn.GRU, "the given one stays"
 
 
 def test_attentions_products_get_integers_too():

@@ -47,14 +47,11 @@ PRELOAD = [
 
 
 def device() -> torch.device:
-    """The device of this rank: the one `run` gave it; under torchrun the GPU of its LOCAL_RANK, or the CPU if
-    there is none.
+    """The device of this rank: the one `run` gave it; under torchrun the machine's GPUs in turn by
+    LOCAL_RANK, or the CPU if there is none.
     """
-    index = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.device(
-        os.environ.get("COMPANION_DEVICE")
-        or (f"cuda:{index}" if index < torch.cuda.device_count() else "cpu")
-    )
+    index, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    return torch.device(os.environ.get("COMPANION_DEVICE") or (f"cuda:{index % gpus}" if gpus else "cpu"))
 
 
 def places(world_size: int, device: str | torch.device | Iterable[str] = "auto") -> list[torch.device]:
@@ -75,9 +72,9 @@ def join(backend: str | None = None, timeout_seconds: float = 1800.0) -> torch.d
     """Joins the process group that torchrun's variables tell of, and gives this rank's device, which is set
     before anything is sent.
 
-    `run` needs no such call: its ranks have joined before the function starts. `backend` is nccl where the
-    device is a GPU. No collective may wait longer than `timeout_seconds`. Raises RuntimeError if this process
-    was not started by torchrun, or `run`.
+    `run` needs no such call: its ranks have joined before the function starts. `backend` is nccl where each
+    of this machine's ranks has a GPU of its own, else gloo. No collective may wait longer than
+    `timeout_seconds`. Raises RuntimeError if this process was not started by torchrun, or `run`.
     """
     if "RANK" not in os.environ:
         raise RuntimeError(
@@ -86,8 +83,9 @@ def join(backend: str | None = None, timeout_seconds: float = 1800.0) -> torch.d
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)  # where nccl puts what it sends by itself, as in a barrier
+    alone = here.type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
     dist.init_process_group(
-        backend or ("nccl" if here.type == "cuda" else "gloo"), timeout=timedelta(seconds=timeout_seconds)
+        backend or ("nccl" if alone else "gloo"), timeout=timedelta(seconds=timeout_seconds)
     )
     return here
 
