@@ -180,7 +180,7 @@ class Machines:
         place = self.inside[rank] if self.inside else None
         variables = {
             "OMP_NUM_THREADS": "1",
-            "COMPANION_DEVICE": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",  # nor could forked workers use one
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else a restart may hang on what the last one stored
             "GLOO_SOCKET_IFNAME": place.interface if place else launch.loopback(),
             MARK: self.mark,
