@@ -171,7 +171,8 @@ class Found:
             lines.append(f"Keep it as it is: none of {tried} variants is faster for sure within the budget.")
         else:
             gains = " and ".join(f"{gain:.2f}x at batch {size}" for size, gain in best.speed_up.items())
-            lines.append(f"{best.name}, on {best.threads} threads: {gains}.")
+            threads = "1 thread" if best.threads == 1 else f"{best.threads} threads"
+            lines.append(f"{best.name}, on {threads}: {gains}.")
             lines.append(f"Accuracy {best.accuracy:.2%}; as it is {self.plain.accuracy:.2%}.")
         others = {size: self.at(size).name for size in self.batch_sizes}
         lines += [f"At batch {size} alone: {name}." for size, name in others.items() if name != best.name]

@@ -17,7 +17,8 @@ import psutil
 
 from companion import host
 
-SAMPLE_SECONDS = 1.0
+SAMPLE_SECONDS = 1.0  # at least, between two looks at the memory
+LOOKS_SHARE = 0.02  # of the time, at most, goes into these looks
 LOOK_SECONDS = 0.5
 JOB = "COMPANION_JOB"  # the environment variable that names the run's job to what records in it
 
@@ -119,9 +120,12 @@ class Kernel:
         done = threading.Event()
 
         def look() -> None:
-            while not done.wait(SAMPLE_SECONDS):
+            took = 0.0
+            while not done.wait(max(SAMPLE_SECONDS, took / LOOKS_SHARE)):
+                start = time.thread_time()
                 if self.pid:
                     self.most_bytes = max(self.most_bytes, host.memory_bytes(self.pid))
+                took = time.thread_time() - start
 
         looking = threading.Thread(target=look, daemon=True)
         looking.start()

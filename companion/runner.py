@@ -18,6 +18,7 @@ from companion.jobs import find as find
 from companion.jobs import plan as plan
 from companion.ledger import Outcome as Outcome
 
+SAVE_SECONDS = 5.0  # at least, between two copies on disk of a notebook that runs
 _NO_KERNEL = "Kernel didn't respond"  # what is said of one that has not come up
 
 
@@ -138,8 +139,10 @@ def _through_papermill(job: Job, extra: dict, output: Path, cell_seconds: int, b
     import papermill
 
     papermill.translators.papermill_translators.register("python", _translator())
+    papermill.engines.papermill_engines.register("companion", _engine())
     place = {"metadata": {"path": str(output.parent)}}  # the kernel's; papermill's cwd would move all threads
     options = {"resources": place, "execution_timeout": cell_seconds, "progress_bar": bar}
+    options["engine_name"] = "companion"
     options["extra_arguments"] = ["--log-level=ERROR"]  # or each kernel warns that it does not encrypt
 
     def once() -> str | None:
@@ -167,6 +170,32 @@ def _translator() -> type:
             return super().translate(value)
 
     return Translator
+
+
+def _engine() -> type:
+    """Papermill's writes the whole notebook twice for each cell; this one each SAVE_SECONDS, and at the end,
+    however that comes.
+    """
+    from papermill.engines import NBClientEngine
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **options):
+            save, saved = nb_man.save, time.monotonic()
+
+            def now_and_then(**given) -> None:
+                nonlocal saved
+                if time.monotonic() - saved >= SAVE_SECONDS:
+                    save(**given)
+                    saved = time.monotonic()
+
+            nb_man.save = now_and_then
+            try:
+                return super().execute_managed_notebook(nb_man, kernel_name, **options)
+            finally:
+                nb_man.save = save
+
+    return Engine
 
 
 def _line(failure: Exception) -> str:

@@ -79,7 +79,7 @@ def test_the_winner_is_what_was_measured_and_can_be_saved(model, images, accurac
     assert "the fastest" in str(found.table())
     assert winner in str(fastest_found.compared([report, report]))
     assert len(found.figure(8).axes) == 2
-    assert f"{winner}, on 1 threads" in str(found)
+    assert f"{winner}, on 1 thread:" in str(found)
 
 
 class Slow(nn.Module):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -116,11 +117,25 @@ def test_success_is_exit_code_0_and_each_combination_of_a_sweep_runs(notebooks, 
 
 
 def test_a_dead_kernel_is_a_failure_like_any_other(notebooks, tmp_path, capfd):
-    write(notebooks, "03_dies", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    write(notebooks, "03_dies", "print('alive')", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     assert call(notebooks, "run", "03", "00", "--output", str(tmp_path / "out")) == 1
     printed = capfd.readouterr().out
     assert "1 passed, 1 failed" in printed
     assert "failed: DeadKernelError: Kernel died" in printed
+    before = nbformat.read(tmp_path / "out" / "03_dies.ipynb", 4).cells[-2]
+    assert before.outputs[0].text == "alive\n", "what was there before is not lost"
+
+
+def test_a_running_notebook_is_written_now_and_then(notebooks, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(papermill.engines, "write_ipynb", lambda *notebook: written.append(time.monotonic()))
+    write(notebooks, "03_many", *["pass"] * 20, "import time; time.sleep(0.6)", *["pass"] * 20)
+    job = runner.Job(notebooks / "03_many.ipynb", {}, "many")
+    for seconds, copies in ((0.5, (3, 8)), (60.0, (2, 2))):
+        written.clear()
+        monkeypatch.setattr(runner, "SAVE_SECONDS", seconds)
+        assert [outcome.error for outcome in runner.run([job], tmp_path, progress=False)] == [None]
+        assert copies[0] <= len(written) <= copies[1]
 
 
 BUSY = """
@@ -138,6 +153,7 @@ child.join()
 
 def test_time_and_memory_are_kept_of_all_processes(notebooks, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "SAMPLE_SECONDS", 0.05)
+    monkeypatch.setattr(kernels, "LOOKS_SHARE", 1)
     write(notebooks, "03_busy", "import time; x = b'1' * (3 * 10**8); time.sleep(0.5); del x", BUSY)
     out = tmp_path / "out"
     (outcome,) = runner.run([runner.Job(notebooks / "03_busy.ipynb", {}, "03_busy")], out, progress=False)
