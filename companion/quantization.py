@@ -134,7 +134,7 @@ def traced(
     model: nn.Module, calibration: Iterable[torch.Tensor], *, engine: str = "auto"
 ) -> torch.fx.GraphModule:
     """As `static`, on the graph of the model that torch.fx traces: residual sums and functional calls get
-    integers too.
+    integers too. What torch.fx takes as one piece, such as nn.TransformerEncoder, stays in float (`layers`).
 
     For inference: what depends on the mode or on data is decided while tracing. Raises as `static` does, and
     for a model that torch.fx cannot trace.
