@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -131,11 +132,13 @@ def test_a_running_notebook_is_written_now_and_then(notebooks, tmp_path, monkeyp
     monkeypatch.setattr(papermill.engines, "write_ipynb", lambda *notebook: written.append(time.monotonic()))
     write(notebooks, "03_many", *["pass"] * 20, "import time; time.sleep(0.6)", *["pass"] * 20)
     job = runner.Job(notebooks / "03_many.ipynb", {}, "many")
-    for seconds, copies in ((0.5, (3, 8)), (60.0, (2, 2))):
+    for seconds in (0.5, 60.0):
         written.clear()
         monkeypatch.setattr(runner, "SAVE_SECONDS", seconds)
         assert [outcome.error for outcome in runner.run([job], tmp_path, progress=False)] == [None]
-        assert copies[0] <= len(written) <= copies[1]
+        between = written[1:-1]  # besides those at the start and at the end
+        assert bool(between) == (seconds < 0.6), "the cell that sleeps is long enough for one"
+        assert all(later - earlier >= seconds for earlier, later in pairwise(between))
 
 
 BUSY = """
