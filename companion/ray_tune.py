@@ -180,7 +180,8 @@ def search(
     started, and stopped afterwards, unless it runs already.
 
     Raises ValueError before anything starts, for settings that cannot be right, and for more CPUs or GPUs
-    than a node has (Ray itself would wait for them for ever); ImportError without Ray.
+    than a node has (Ray itself would wait for them for ever); ImportError without Ray; RuntimeError where an
+    interrupted search has lost trials.
     """
     ray_session.imported()
     wanted = _Wanted(
@@ -206,8 +207,14 @@ def search(
     _agree(path, wanted.settings())
     try:
         with ray_session.running(), ray_session.careful(), _seeded(seed):
+            resumed = any(path.glob("experiment_state-*.json"))
             tuner, start = wanted.tuner(path), time.perf_counter()
             results = tuner.fit()
+            if resumed and limit_seconds is None and len(results) < trials:
+                raise RuntimeError(
+                    f"{path} knows only {len(results)} of {trials} trials: the search was killed while Ray "
+                    "wrote its state down; search anew in another folder"
+                )
             return ray_results.read(results, metric, mode, time.perf_counter() - start)
     finally:
         if folder is None:

@@ -1,5 +1,6 @@
 """A search: what it finds, what it says of trials that fail, and that it can be interrupted."""
 
+import json
 import os
 import random
 import subprocess
@@ -160,6 +161,16 @@ def test_a_killed_driver_s_search_goes_on_where_it_stopped(python, tmp_path):
     every = [[report["accuracy"] for report in trial.reports] for trial in found.trials]
     assert every == [list(range(10))] * 3
     assert sum(trial.reports[-1]["started_at"] > 0 for trial in found.trials) >= 1, "all began anew"
+
+
+def test_a_search_that_has_lost_trials_says_so(tmp_path):
+    folder = tmp_path / "search"
+    assert len(search(train, {"lr": 0.25}, trials=3, folder=folder).trials) == 3
+    (state,) = folder.glob("experiment_state-*.json")  # as if it were older than the searcher's own
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps(content | {"trial_data": content["trial_data"][:1]}))
+    with pytest.raises(RuntimeError, match="knows only 1 of 3 trials"):
+        search(train, {"lr": 0.25}, trials=3, folder=folder)
 
 
 def test_a_trial_may_be_a_ddp_job():
