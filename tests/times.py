@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 NOTED = ROOT / "results" / "test-times.jsonl"
 ENOUGH_BYTES = 15 * 10**9
-NOISE = 2.0  # a test allows a slow or noisy machine twice as much
+NOISE = 3.0  # what a slower or busy machine is allowed, against the one that the budgets were taken on
 
 
 def add(kind: str, name: str, seconds: float, cpu_seconds: float | None = None) -> None:
