@@ -12,6 +12,7 @@ MODULES = (
     "cluster_scripts",
     "clusters",
     "collectives",
+    "compiler",
     "data",
     "data_parallel",
     "datasets",

@@ -20,6 +20,7 @@ from companion import host, stacks
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 KINDS = ("cpu", "cuda", "mps", "xla", "tpu")
+_GIVEN_THREADS = torch.get_num_threads()  # when this process began: OMP_NUM_THREADS, or torch's own number
 
 
 def why_not(kind: str) -> str | None:
@@ -200,6 +201,14 @@ def set_threads(threads: int | None = None) -> int:
         raise ValueError(f"threads={threads} is not between 1 and the {cores} usable cores")
     torch.set_num_threads(threads)
     return threads
+
+
+def most_threads() -> int:
+    """As many threads as this process was given when it began, by OMP_NUM_THREADS or else by torch, but no
+    more than `host.usable_cores`: what is right for work that is not timed, also where other notebooks run
+    beside this one.
+    """
+    return min(_GIVEN_THREADS, host.usable_cores())
 
 
 def set_exact(on: bool = True) -> None:

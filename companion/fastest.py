@@ -117,6 +117,8 @@ class _Search:
         self.lead = Lead(0.0, dict.fromkeys(sizes, 1.0))
 
     def run(self, tried: list[Variant], fine_tune, seconds: float) -> Found:
+        if any(variant.kind == "program" for variant in tried):
+            launch.warm("companion.compiler")
         plain = self._plain()
         interrupted = False
         try:

@@ -168,7 +168,10 @@ def compare(
     there = [*(VARIANTS | own)]
     if unknown := set(names or ()) - set(there):
         raise ValueError(f"unknown variants {sorted(unknown)}: use some of {', '.join(there)}")
-    for name in [name for name in there if names is None or name == FLOAT or name in names]:
+    wanted = [name for name in there if names is None or name == FLOAT or name in names]
+    if any("compiled" in name for name in wanted):
+        launch.warm("companion.compiler")
+    for name in wanted:
         try:
             given = (name, own.get(name), model, inputs, evaluate, tuple(batch_sizes), rounds)
             options = {"device": "cpu", "backend": None, "threads": threads, "limit_seconds": limit_seconds}

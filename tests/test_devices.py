@@ -1,6 +1,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,15 @@ def test_threads_never_exceed_the_usable_cores():
             ValueError, match=f"threads={wrong} is not between 1 and the {cores} usable cores"
         ):
             devices.set_threads(wrong)
+
+
+def test_a_process_uses_the_threads_that_it_was_given_when_it_began():
+    code = "import torch; from companion import devices; torch.set_num_threads(7); "
+    code += "print(devices.most_threads())"
+    for given, expected in (("1", 1), ("1000", host.usable_cores())):
+        variables = os.environ | {"OMP_NUM_THREADS": given}
+        done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+        assert done.stdout == f"{expected}\n", done.stderr
 
 
 def test_compiling_needs_a_compiler_headers_and_paths_without_spaces(monkeypatch, tmp_path):

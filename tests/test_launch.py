@@ -21,6 +21,7 @@ from jupyter_client.manager import start_new_kernel
 from torch.utils.data import DataLoader
 
 from companion import data, host, launch, models, training
+from companion.launch import pickling
 
 
 def test_results_come_by_rank():
@@ -41,6 +42,18 @@ def test_a_function_that_mentions_torch_and_classes_can_be_sent(digits):
         return torch.tensor(len(splits.classes)), torch.ops.aten.add(1, 1)
 
     assert launch.run(count, 1, digits) == [(torch.tensor(10), 2)]
+
+
+def test_of_a_view_only_its_own_numbers_are_sent():
+    large = torch.arange(400_000.0).reshape(1000, 4, 10, 10)
+    last = large.to(memory_format=torch.channels_last)[-2:]
+    views = {"rows": large[3:5], "columns": large[:, 1], "channels_last": last, "whole": large}
+    for name, view in views.items():
+        packed = pickling.pack(view, name)
+        back = pickling.unpack(packed)
+        assert torch.equal(back, view), name
+        assert back.stride() == view.stride(), name
+        assert len(packed) < 10_000 or name in ("columns", "whole"), f"{name}: {len(packed):,} bytes"
 
 
 SCALE = 1.0

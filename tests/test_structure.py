@@ -77,6 +77,7 @@ TECHNIQUES = {
     "ray_results": (),
     "ray_callbacks": ("ray_results",),
     "ray_tune": ("ray_callbacks", "ray_results", "ray_session", "ray_trials"),
+    "compiler": (),
     "attention": (),
     "fusing": (),
     "low_bits": (),

@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable
 
 import cloudpickle
+import torch
 from cloudpickle import cloudpickle as insides
 
 
@@ -65,7 +66,20 @@ class _Pickler(cloudpickle.Pickler):
         # mentions torch and an attribute called "classes", and then cannot pickle it.
         if isinstance(thing, types.ModuleType) and sys.modules.get(thing.__name__) is thing:
             return importlib.import_module, (thing.__name__,)
+        # Of a view torch would send all that it is a view of.
+        if type(thing) is torch.Tensor and _is_part(thing):
+            return thing.clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
         return super().reducer_override(thing)
+
+
+def _is_part(tensor: torch.Tensor) -> bool:
+    """Whether it is a small, dense part of a larger piece of memory, which a copy can stand for."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.requires_grad:
+        return False
+    dense = tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+    return dense and tensor.nbytes < tensor.untyped_storage().nbytes()
 
 
 def pack(thing: object, name: str, most_bytes: float = math.inf) -> bytes:
