@@ -172,6 +172,13 @@ def afford(cpus: float, gpus: float) -> None:
             )
 
 
+def at_once(cpus: float, gpus: float) -> int:
+    """How many trials that take so many CPUs and GPUs each the nodes of the running Ray can hold."""
+    wanted = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    nodes = [node["Resources"] for node in imported().nodes() if node["Alive"]]
+    return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
+
+
 def stop() -> None:
     """Ends what `start` started, waits until its processes are gone, and deletes its temporary folder.
 

@@ -6,6 +6,7 @@ print(found.best.config); print(found.table()); found.figure()
 
 import inspect
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from companion import checks, randomness, ray_callbacks, ray_results, ray_session, ray_trials, training
 from companion.ray_results import Search
@@ -109,6 +111,8 @@ class _Wanted:
                 scheduler=self._scheduler(),
                 search_alg=self._searcher(),
                 time_budget_s=self.limit_seconds,
+                # A proposal then knows of all trials but those that run.
+                max_concurrent_trials=self._at_once() if self.searcher == "optuna" else None,
                 # Of the trials of PBT some were taken for finished halfway where processes were used again.
                 reuse_actors=not isinstance(
                     self.scheduler, (PopulationBasedTraining, PopulationBasedTrainingReplay)
@@ -124,6 +128,18 @@ class _Wanted:
                 verbose=0,
             ),
         )
+
+    @contextmanager
+    def pending(self) -> Iterator[None]:
+        """Has Ray start as many trials at once as there is room for; with a searcher it would start one, and
+        wait for its process.
+        """
+        allowed = {"TUNE_MAX_PENDING_TRIALS_PG": str(self._at_once())} if self.searcher == "optuna" else {}
+        with mock.patch.dict(os.environ, allowed):
+            yield
+
+    def _at_once(self) -> int:
+        return ray_session.at_once(self.cpus, self.gpus)
 
     def _scheduler(self):
         from ray.tune import schedulers
@@ -206,7 +222,7 @@ def search(
     path = Path(folder or tempfile.mkdtemp(prefix="search-")).absolute()
     _agree(path, wanted.settings())
     try:
-        with ray_session.running(), ray_session.careful(), _seeded(seed):
+        with ray_session.running(), ray_session.careful(), _seeded(seed), wanted.pending():
             resumed = any(path.glob("experiment_state-*.json"))
             tuner, start = wanted.tuner(path), time.perf_counter()
             results = tuner.fit()

@@ -96,6 +96,22 @@ def test_optuna_draws_from_the_space():
     assert all(0.5 <= trial.config["lr"] <= 1.0 for trial in found.trials)
 
 
+def test_with_a_searcher_as_many_trials_may_wait_for_their_process_as_there_is_room_for(monkeypatch):
+    asked = []
+    fit = tune.Tuner.fit
+
+    def noted(tuner):
+        limit = tuner._local_tuner._tune_config.max_concurrent_trials
+        asked.append((limit, os.environ.get("TUNE_MAX_PENDING_TRIALS_PG")))
+        return fit(tuner)
+
+    monkeypatch.setattr(tune.Tuner, "fit", noted)
+    assert len(search(trials=3, searcher="optuna").trials) == 3
+    search(trials=1, cpus=2, searcher="optuna")
+    search(trials=1)
+    assert asked == [(2, "2"), (1, "1"), (None, None)]
+
+
 KINDS = ["raises", "is killed", "diverges", "asks in the old way", "is well"]
 
 
