@@ -19,3 +19,23 @@ print(len(psutil.Process().children()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["1", "1", "0"], done.stdout + done.stderr
+
+
+def test_where_there_is_a_gpu_nothing_asks_cuda_before_processes_are_forked():
+    code = """
+import os
+import sys
+import torch
+asked = []
+def count():
+    asked.append("CUDA")
+    return 1
+torch._C._cuda_getDeviceCount = count
+torch.cuda._raw_device_count_nvml = torch.cuda._device_count_nvml = lambda: 1
+torch.cuda._is_compiled = lambda: True
+from companion import compiler
+print(compiler.has_gpu(), asked, "torch._inductor.compile_fx" in sys.modules)
+print("PYTORCH_NVML_BASED_CUDA_CHECK" in os.environ)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "[]", "False", "False"], done.stdout + done.stderr
