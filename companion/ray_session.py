@@ -4,6 +4,7 @@ nothing left.
 
 import atexit
 import logging
+import math
 import os
 import secrets
 import shlex
@@ -176,7 +177,8 @@ def at_once(cpus: float, gpus: float) -> int:
     """How many trials that take so many CPUs and GPUs each the nodes of the running Ray can hold."""
     wanted = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
     nodes = [node["Resources"] for node in imported().nodes() if node["Alive"]]
-    return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
+    fitting = [min(node.get(name, 0) / amount for name, amount in wanted.items()) for node in nodes]
+    return sum(math.floor(trials + 1e-9) for trials in fitting)  # 1 / 0.1 trials are ten
 
 
 def stop() -> None:

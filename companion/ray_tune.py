@@ -112,7 +112,7 @@ class _Wanted:
                 search_alg=self._searcher(),
                 time_budget_s=self.limit_seconds,
                 # A proposal then knows of all trials but those that run.
-                max_concurrent_trials=self._at_once() if self.searcher == "optuna" else None,
+                max_concurrent_trials=self._at_once(),
                 # Of the trials of PBT some were taken for finished halfway where processes were used again.
                 reuse_actors=not isinstance(
                     self.scheduler, (PopulationBasedTraining, PopulationBasedTrainingReplay)
@@ -134,12 +134,16 @@ class _Wanted:
         """Has Ray start as many trials at once as there is room for; with a searcher it would start one, and
         wait for its process.
         """
-        allowed = {"TUNE_MAX_PENDING_TRIALS_PG": str(self._at_once())} if self.searcher == "optuna" else {}
-        with mock.patch.dict(os.environ, allowed):
+        limit = self._at_once()
+        with mock.patch.dict(os.environ, {"TUNE_MAX_PENDING_TRIALS_PG": str(limit)} if limit else {}):
             yield
 
-    def _at_once(self) -> int:
-        return ray_session.at_once(self.cpus, self.gpus)
+    def _at_once(self) -> int | None:
+        """How many trials may be under way with Optuna; None where Ray is to choose: schedulers of Ray's own
+        may have to pause more trials than run.
+        """
+        limited = self.searcher == "optuna" and self.scheduler in SCHEDULERS
+        return ray_session.at_once(self.cpus, self.gpus) if limited else None
 
     def _scheduler(self):
         from ray.tune import schedulers

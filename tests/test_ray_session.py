@@ -86,7 +86,7 @@ def test_it_reports_nothing_to_its_makers(ray):
 
 def test_what_a_trial_asks_for_must_be_on_one_node(ray):
     ray_session.afford(cpus=1, gpus=0)
-    assert [ray_session.at_once(cpus, 0) for cpus in (0.25, 1, 2)] == [4, 1, 0]
+    assert [ray_session.at_once(cpus, 0) for cpus in (0.1, 0.25, 1, 2)] == [10, 4, 1, 0]
     with pytest.raises(ValueError, match=r"cpus=3 for each trial, but no node .* more than 1"):
         ray_session.afford(cpus=3, gpus=0)
     with pytest.raises(ValueError, match=r"gpus=0.5 for each trial"):

@@ -109,7 +109,8 @@ def test_with_a_searcher_as_many_trials_may_wait_for_their_process_as_there_is_r
     assert len(search(trials=3, searcher="optuna").trials) == 3
     search(trials=1, cpus=2, searcher="optuna")
     search(trials=1)
-    assert asked == [(2, "2"), (1, "1"), (None, None)]
+    search(trials=1, searcher="optuna", scheduler=schedulers.HyperBandScheduler(max_t=8))
+    assert asked == [(2, "2"), (1, "1"), (None, None), (None, None)]
 
 
 KINDS = ["raises", "is killed", "diverges", "asks in the old way", "is well"]

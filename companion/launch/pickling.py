@@ -76,6 +76,8 @@ def _is_part(tensor: torch.Tensor) -> bool:
     """Whether it is a small, dense part of a larger piece of memory, which a copy can stand for."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.requires_grad:
         return False
+    if vars(tensor):  # a copy would lose attributes
+        return False
     dense = tensor.is_contiguous() or (
         tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     )
