@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from companion import launch, measure, model_parallel, schedules, splitting
 from companion.model_parallel import Pipeline
 
+RANKS, PIECES = (2, 4), (4, 8)  # of the stages of known duration
 SLOT_SECONDS = 0.02
 BATCH_SIZE = 256
+WIDTH = 1.0  # of AlexNet's layers
 
 
 def rehearsed(schedule: str, ranks: int, micro_batches: int, rounds: int) -> dict:
@@ -31,9 +33,10 @@ def rehearsed(schedule: str, ranks: int, micro_batches: int, rounds: int) -> dic
     }
 
 
-def timed(at: list[str], micro_batches: int, rounds: int) -> model_parallel.Steps:
-    images, labels = torch.randn(BATCH_SIZE, 3, 64, 64), torch.zeros(BATCH_SIZE, dtype=torch.long)
-    pipeline = Pipeline(splitting.split(model_parallel.alexnet(), at), "1f1b", micro_batches)
+def timed(
+    at: list[str], images: torch.Tensor, labels: torch.Tensor, width: float, micro_batches: int, rounds: int
+) -> model_parallel.Steps:
+    pipeline = Pipeline(splitting.split(model_parallel.alexnet(width=width), at), "1f1b", micro_batches)
     return model_parallel.measure_steps(pipeline, images, labels, rounds)
 
 
@@ -42,13 +45,13 @@ def measure_all(rounds: int = 5) -> list[dict]:
     rows = [
         rehearsed(schedule, ranks, micro_batches, rounds)
         for schedule in schedules.SCHEDULES
-        for ranks in (2, 4)
-        for micro_batches in (4, 8)
+        for ranks in RANKS
+        for micro_batches in PIECES
         if micro_batches >= ranks * schedules.SCHEDULES[schedule].stages_per_rank
     ]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = model_parallel.alexnet()
+    model = model_parallel.alexnet(width=WIDTH)
     images, labels = torch.randn(BATCH_SIZE, 3, 64, 64), torch.zeros(BATCH_SIZE, dtype=torch.long)
 
     def uncut(pieces: int) -> None:
@@ -65,7 +68,7 @@ def measure_all(rounds: int = 5) -> list[dict]:
             # Each time anew, since the machine is shared; a large batch may be slower in one piece.
             times = measure.compare(ways, rounds=3)
             alone = min(times[pieces].median for pieces in ways)
-            steps = launch.run(timed, 2, at, micro_batches, rounds, threads=1)
+            steps = launch.run(timed, 2, at, images, labels, WIDTH, micro_batches, rounds, threads=1)
             runs[micro_batches] = steps[0].seconds.rate(alone), alone, steps
         micro_batches, (gain, alone, steps) = max(runs.items(), key=lambda run: run[1][0].median)
         limit = 2 * micro_batches / (micro_batches + 1)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from companion import data, devices, measure, models, ray_results, ray_session, ray_tune, training
 
 SEEDS = 5
+DATASET = "cluttered_digits"
 TRIALS = 16
 EPOCHS = 10
 IMAGES = 4000
@@ -67,7 +68,7 @@ def quiet_search(function, space, **options) -> ray_tune.Search:
 
 def parts(seed: int) -> tuple[data.Split, data.Split]:
     """The images that trials learn from, and those that judge them."""
-    splits = data.load("cluttered_digits", seed=seed)
+    splits = data.load(DATASET, seed=seed)
     return data.Split(splits.train.images[:IMAGES], splits.train.labels[:IMAGES]), splits.val
 
 
