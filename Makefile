@@ -95,7 +95,7 @@ notebooks-in-other-ways: $(READY) units
 
 nbval: $(READY) notebooks-in-other-ways
 	@$(PYTHON_IN) -m tests.nbval_copies $(if $(EVERYTHING),,--fewer) $(NB)
-	$(PYTEST) --dist loadscope -p tests.nbval_copies --nbval-lax --nbval-current-env --nbval-cell-timeout=900 results/nbval
+	$(PYTEST) --dist loadscope --no-loadscope-reorder -p tests.nbval_copies --nbval-lax --nbval-current-env --nbval-cell-timeout=900 results/nbval
 
 # A reader's way: no limit to one thread.
 test-lab: $(READY)

@@ -38,7 +38,7 @@ def run(
     try:
         if each > there.get("CPU", 0):
             raise ValueError(f"cores={each}: the cluster has {there.get('CPU', 0):g} in all")
-        for wave in runner.waves(wanted):
+        for wave in runner.waves(wanted, longest_first=True):
             yield from runner.kept(_futures(wave, folder, cell_seconds, time_limit, each), folder)
     finally:
         ray_session.stop()

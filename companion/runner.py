@@ -1,6 +1,8 @@
 """Runs notebooks through papermill: one or many, with checked parameters, into a folder with a report."""
 
+import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,6 +20,7 @@ from companion.jobs import find as find
 from companion.jobs import plan as plan
 from companion.ledger import Outcome as Outcome
 
+_TAKES = re.compile(r"\*\*Needs\*\* about ([\d.]+) minutes")  # in a lesson's first cell
 SAVE_SECONDS = 5.0  # at least, between two copies on disk of a notebook that runs
 _NO_KERNEL = "Kernel didn't respond"  # what is said of one that has not come up
 
@@ -61,16 +64,31 @@ def run(
 
     pool = ThreadPoolExecutor(workers)
     try:
-        for wave in waves(wanted):
+        for wave in waves(wanted, longest_first=workers > 1):
             yield from kept((pool.submit(work, job) for job in wave), folder)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nothing further starts
 
 
-def waves(wanted: list[Job]) -> list[list[Job]]:
-    """The jobs, those apart that read what others record, and so run after them."""
+def waves(wanted: list[Job], longest_first: bool) -> list[list[Job]]:
+    """The jobs, those apart that read what others record, and so run after them.
+
+    Where several run at once the longest are to begin first, by the minutes that their first cells tell: then
+    none runs on alone for long at the end. Those that tell none begin before them.
+    """
+    if longest_first:
+        takes = {notebook: _minutes(notebook) for notebook in {job.notebook for job in wanted}}
+        wanted = sorted(wanted, key=lambda job: -takes[job.notebook])
     last = {notebook for notebook in {job.notebook for job in wanted} if jobs.is_last(notebook)}
     return [[job for job in wanted if (job.notebook in last) == late] for late in (False, True)]
+
+
+def _minutes(notebook: Path) -> float:
+    try:
+        told = _TAKES.search(jobs.read(notebook).cells[0].source)
+    except (ValueError, IndexError):  # it cannot be read, or is empty
+        told = None
+    return float(told[1]) if told else math.inf
 
 
 def kept(futures: Iterator, folder: Path) -> Iterator[Outcome]:

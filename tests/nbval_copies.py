@@ -56,13 +56,20 @@ def make(names: list[str], fewer: bool) -> list[Path]:
 def pytest_collection_modifyitems(items) -> None:
     from nbval.plugin import IPyNbFile
 
-    for file in dict.fromkeys(item.parent for item in items if isinstance(item.parent, IPyNbFile)):
+    files = dict.fromkeys(item.parent for item in items if isinstance(item.parent, IPyNbFile))
+    notebooks = {file: nbformat.read(file.path, 4) for file in files}
+    items.sort(key=lambda item: -minutes(notebooks[item.parent]) if item.parent in files else 0)
+    for file, notebook in notebooks.items():
         own = [item for item in items if item.parent is file]
-        notebook = nbformat.read(file.path, 4)
         if run := executed(file.path.parents[2] / "notebooks" / file.path.name):
             _compare(file, own, run)
         else:
             _note_time(file, "fewer" if "fewer" in notebook.metadata else "defaults")
+
+
+def minutes(notebook: nbformat.NotebookNode) -> float:
+    """What the first cell tells: the longest begin first, so that at the end none runs alone for long."""
+    return float(cells.NEEDS.search(notebook.cells[0].source)[1])
 
 
 def _compare(file, items, run: nbformat.NotebookNode) -> None:

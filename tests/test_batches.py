@@ -210,6 +210,20 @@ def test_what_reads_the_others_records_runs_after_them(notebooks, tmp_path):
     assert nbformat.read(tmp_path / "out" / "01_reads.ipynb", 4).cells[-1].outputs[0].text == "1\n"
 
 
+def test_where_several_run_at_once_the_longest_begin_first(tmp_path):
+    told = {"00_short": "0.5", "01_long": "3.4", "02_unknown": None, "03_middle": "1", "04_last": "9"}
+    for name, minutes in told.items():
+        first = f"**Needs** about {minutes} minutes and 1 GiB" if minutes else "# A question?"
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(first)])
+        notebook.metadata["companion"] = {"last": name == "04_last"}
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    wanted = [runner.Job(tmp_path / f"{name}.ipynb") for name in [*told, "05_not_there"]]
+    early, late = runner.waves(wanted, longest_first=True)
+    assert [job.notebook.stem[3:] for job in early] == ["unknown", "not_there", "long", "middle", "short"]
+    assert [job.notebook.stem for job in late] == ["04_last"]
+    assert runner.waves(wanted, longest_first=False)[0] == [wanted[i] for i in (0, 1, 2, 3, 5)]
+
+
 def test_runs_are_tasks_of_ray(notebooks, tmp_path, capfd):
     pytest.importorskip("ray", reason="needs the extra tune")
     write(notebooks, "01_fails", "raise RuntimeError('this one fails')")

@@ -85,17 +85,20 @@ def test_early_stopping_spends_less_and_keeps_the_best(found):
     assert stopped.figure().axes
 
 
+@pytest.mark.once
 def test_mode_min_searches_for_the_least():
     smallest = search(trials=6, seed=3, mode="min", scheduler=schedulers.FIFOScheduler())
     assert smallest.best.config["lr"] == min(trial.config["lr"] for trial in smallest.trials)
     assert smallest.progress()[-1][1] <= smallest.progress()[0][1]
 
 
+@pytest.mark.once
 def test_optuna_draws_from_the_space():
     found = search(trials=3, searcher="optuna", space={"lr": tune.uniform(0.5, 1.0)})
     assert all(0.5 <= trial.config["lr"] <= 1.0 for trial in found.trials)
 
 
+@pytest.mark.once
 def test_with_a_searcher_as_many_trials_may_wait_for_their_process_as_there_is_room_for(monkeypatch):
     asked = []
     fit = tune.Tuner.fit
@@ -116,6 +119,7 @@ def test_with_a_searcher_as_many_trials_may_wait_for_their_process_as_there_is_r
 KINDS = ["raises", "is killed", "diverges", "asks in the old way", "is well"]
 
 
+@pytest.mark.once
 def test_what_goes_wrong_in_a_trial_is_said(capfd):
     found = search(misbehaving, {"kind": tune.grid_search(KINDS)}, trials=1)
     said = {trial.config["kind"]: trial for trial in found.trials}
@@ -136,6 +140,7 @@ def test_what_goes_wrong_in_a_trial_is_said(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.once
 def test_a_search_without_a_usable_trial_says_why():
     found = search(misbehaving, {"kind": "raises"}, trials=2)
     with pytest.raises(ray_results.SearchError, match=r"none of 2 trials .* no such layer"):
@@ -158,6 +163,7 @@ ray_tune.search(recovers, space, metric="accuracy", trials=3, folder=FOLDER, pro
 """
 
 
+@pytest.mark.once
 def test_a_killed_driver_s_search_goes_on_where_it_stopped(python, tmp_path):
     folder = tmp_path / "search"
     code = DRIVER.replace("FOLDER", repr(str(folder)))
@@ -180,6 +186,7 @@ def test_a_killed_driver_s_search_goes_on_where_it_stopped(python, tmp_path):
     assert sum(trial.reports[-1]["started_at"] > 0 for trial in found.trials) >= 1, "all began anew"
 
 
+@pytest.mark.once
 def test_a_search_that_has_lost_trials_says_so(tmp_path):
     folder = tmp_path / "search"
     assert len(search(train, {"lr": 0.25}, trials=3, folder=folder).trials) == 3
