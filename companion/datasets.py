@@ -63,9 +63,9 @@ def split_indices(labels: torch.Tensor, parts: tuple[int, ...], seed: int) -> li
 
 
 def _normalised(name: str, parts: list[Split], classes: tuple[str, ...]) -> Splits:
-    """Splits of images in [0, 1], normalised by the training images' mean and deviation per channel."""
+    """Splits of images in [0, 1], normalised in place by the training images' mean and deviation."""
     std, mean = torch.std_mean(parts[0].images, dim=(0, 2, 3), keepdim=True)
-    parts = [Split(part.images.sub(mean).div_(std), part.labels) for part in parts]
+    parts = [Split(part.images.sub_(mean).div_(std), part.labels) for part in parts]
     return Splits(name, *parts, classes, mean[0], std[0])
 
 

@@ -13,6 +13,7 @@ import mutating
 import nbformat
 import pytest
 import times
+import warm
 from cells import CHECKED, NOTEBOOKS, PARAMETERS, ROOT, SETTINGS, code, proofs, tagged
 
 from companion import devices, executed, jobs, runner, scoreboard
@@ -161,20 +162,29 @@ def test_what_a_notebook_lacks_is_found(problem, tmp_path):
     assert [found for found in problems(tmp_path / NOTEBOOKS[0].name) if found.startswith(problem)]
 
 
-def measured(notebook: Path, kind: str, folder: Path) -> runner.Outcome:
-    """Runs a notebook with the smaller parameters; notes what it took and holds it to its budget."""
-    (outcome,) = runner.run(
-        [runner.Job(notebook, SETTINGS["smaller"].get(notebook.stem, {}), "out")], folder, progress=False
-    )
-    times.add("notebook", f"{notebook.stem}, {kind}", outcome.seconds, outcome.cpu_seconds)
-    return outcome
+@pytest.fixture(scope="module")
+def server():
+    server = warm.Server()
+    yield server
+    server.stop()
+
+
+def measured(
+    server: warm.Server, stem: str, kind: str, notebook: nbformat.NotebookNode, folder: Path
+) -> warm.Run:
+    """Runs cells of a notebook with the smaller parameters, and notes what they took."""
+    cells.set_parameters(notebook, SETTINGS["smaller"].get(stem, {}) | {"results_dir": "."})
+    run = server.run(notebook, folder)
+    times.add("notebook", f"{stem}, {kind}", run.seconds, run.cpu_seconds)
+    return run
 
 
 def test_it_runs_with_other_parameters(path, tmp_path):
     smaller, known = SETTINGS["smaller"][path.stem], jobs.parameters(path)
     assert set(smaller) <= set(known)
     assert sum(value != known[name].value for name, value in smaller.items()) >= 3
-    outcome = measured(path, "smaller", tmp_path)
+    (outcome,) = runner.run([runner.Job(path, smaller, "out")], tmp_path, progress=False)
+    times.add("notebook", f"{path.stem}, smaller", outcome.seconds, outcome.cpu_seconds)
     assert outcome.error is None
     rows = scoreboard.read(tmp_path)
     assert any(row["status"] == "measured" and row["notebook"] == path.stem for row in rows)
@@ -211,12 +221,11 @@ def must_run(name: str) -> None:
             pytest.skip(f"only stored results are shown: {reason}")
 
 
-def test_nothing_broken_passes_all_proofs(path, tmp_path):
+def test_nothing_broken_passes_all_proofs(path, server, tmp_path):
     """The control of the mutations: the same slices of the notebook, unbroken."""
     notebook = nbformat.read(path, 4)
-    nbformat.write(slice_of(notebook, *proofs(notebook).values()), tmp_path / path.name)
-    outcome = measured(tmp_path / path.name, "all proofs", tmp_path)
-    assert outcome.error is None
+    whole = slice_of(notebook, *proofs(notebook).values())
+    assert measured(server, path.stem, "all proofs", whole, tmp_path).error is None
 
 
 MUTATIONS = {path.stem: mutating.mutations(path.stem) for path in NOTEBOOKS}
@@ -234,7 +243,7 @@ def test_each_proof_has_a_mutation_that_it_must_catch(path):
 
 
 @pytest.mark.parametrize(("stem", "name", "proof"), BROKEN)
-def test_a_broken_technique_fails_its_proof(stem, name, proof, tmp_path):
+def test_a_broken_technique_fails_its_proof(stem, name, proof, server, tmp_path):
     must_run(stem)
     mutation, original = MUTATIONS[stem][name], nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", 4)
     notebook = slice_of(original, proofs(original)[proof])
@@ -244,12 +253,8 @@ def test_a_broken_technique_fails_its_proof(stem, name, proof, tmp_path):
     after_parameters = notebook.cells.index(tagged(notebook, PARAMETERS)[0]) + 1
     (place,) = places if mutation.before else [after_parameters]
     notebook.cells.insert(place, nbformat.v4.new_code_cell(mutating.cell(stem, name)))
-    nbformat.write(notebook, tmp_path / f"{stem}.ipynb")
-
-    outcome = measured(tmp_path / f"{stem}.ipynb", f"broken: {name}", tmp_path)
-    found = nbformat.read(tmp_path / "out.ipynb", 4)
-    failed = [cell for cell in code(found) if any(output.output_type == "error" for output in cell.outputs)]
-    assert outcome.error is not None, f"{proof} passes although: {mutation.__doc__}"
-    assert outcome.error.startswith("AssertionError")
-    assert [cells.PROOF + proof in cells.tags(cell) for cell in failed] == [True], "another cell failed"
-    times.within_budget(stem, "mutated", outcome.cpu_seconds)
+    run = measured(server, stem, f"broken: {name}", notebook, tmp_path)
+    assert run.error is not None, f"{proof} passes although: {mutation.__doc__}"
+    assert run.error.startswith("AssertionError")
+    assert cells.PROOF + proof in cells.tags(code(notebook)[run.failed]), "another cell failed"
+    times.within_budget(stem, "mutated", run.cpu_seconds)
