@@ -149,6 +149,11 @@ def browser():
         browser.close()
 
 
+def failed(request) -> list[str]:
+    """What to complain of; what the test itself leaves behind, going on to the next page, is nothing."""
+    return [] if request.failure == "net::ERR_ABORTED" else [f"cannot load {request.url}: {request.failure}"]
+
+
 @pytest.fixture
 def opened(browser, address):
     """Opens a page; what the browser complains of goes to its `faults`."""
@@ -162,7 +167,7 @@ def opened(browser, address):
         page = context.new_page()
         page.faults = []
         page.on("pageerror", lambda error: page.faults.append(str(error)))
-        page.on("requestfailed", lambda request: page.faults.append(f"cannot load {request.url}"))
+        page.on("requestfailed", lambda request: page.faults.extend(failed(request)))
         page.goto(f"{address}/{name}")
         page.wait_for_load_state("load")
         return page
