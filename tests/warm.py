@@ -51,7 +51,9 @@ class Server:
         in_time, _, _ = select.select([self._process.stdout], [], [], LIMIT_SECONDS)
         answer = json.loads(self._process.stdout.readline() or "null") if in_time else self._kill()
         if answer is None:
-            raise RuntimeError(f"the run gave no answer:\n{(folder / 'written').read_text()[-2000:]}")
+            written = folder / "written"
+            last = written.read_text()[-2000:] if written.exists() else "it has written nothing"
+            raise RuntimeError(f"the run gave no answer:\n{last}")
         return Run(**answer)
 
     def _kill(self) -> None:

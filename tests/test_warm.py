@@ -1,0 +1,48 @@
+"""Notebooks' cells in a process that was forked, as broken notebooks are run."""
+
+import psutil
+import pytest
+import warm
+from nbformat.v4 import new_code_cell, new_notebook
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = warm.Server()
+    yield server
+    server.stop()
+
+
+def ran(server, folder, *sources) -> warm.Run:
+    return server.run(new_notebook(cells=[new_code_cell(source) for source in sources]), folder)
+
+
+def test_the_cell_that_fails_is_told_and_the_next_run_knows_nothing_of_it(server, tmp_path):
+    run = ran(server, tmp_path, "x = 1", "print(x)", "assert x == 2, f'x is {x}'", "print('too far')")
+    assert (run.failed, run.error) == (2, "AssertionError: x is 1")
+    assert (tmp_path / "written").read_text().startswith("1\n")
+    assert "too far" not in (tmp_path / "written").read_text().split("AssertionError")[-1]
+    (tmp_path / "next").mkdir()
+    run = ran(server, tmp_path / "next", "import os\nprint(os.getcwd(), 'x' in globals())")
+    assert (run.failed, run.error) == (None, None)
+    assert (tmp_path / "next" / "written").read_text() == f"{tmp_path / 'next'} False\n"
+
+
+def test_what_a_run_leaves_running_is_ended(server, tmp_path):
+    ran(server, tmp_path, "import subprocess\nprint(subprocess.Popen(['sleep', '600']).pid)")
+    left = int((tmp_path / "written").read_text())
+    psutil.wait_procs([psutil.Process(left)] if psutil.pid_exists(left) else [], 10)
+    assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_run_that_hangs_or_dies_says_what_it_has_written(server, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="no answer:\\nbefore"):
+        ran(server, tmp_path, "import os\nprint('before', flush=True)\nos._exit(1)")
+    monkeypatch.setattr(warm, "LIMIT_SECONDS", 5.0)
+    (tmp_path / "next").mkdir()
+    with pytest.raises(RuntimeError, match="no answer:\\nwaits"):
+        ran(server, tmp_path / "next", "import time\nprint('waits', flush=True)\ntime.sleep(600)")
+    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), 10)
+    assert not alive
