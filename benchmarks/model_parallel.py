@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from companion import launch, measure, model_parallel, schedules, splitting
 from companion.model_parallel import Pipeline
 
-RANKS, PIECES = (2, 4), (4, 8)  # of the stages of known duration
+PIECES = (4, 8)  # micro-batches of the stages of known duration
 SLOT_SECONDS = 0.02
 BATCH_SIZE = 256
 WIDTH = 1.0  # of AlexNet's layers
@@ -45,7 +45,7 @@ def measure_all(rounds: int = 5) -> list[dict]:
     rows = [
         rehearsed(schedule, ranks, micro_batches, rounds)
         for schedule in schedules.SCHEDULES
-        for ranks in RANKS
+        for ranks in (2, 4)
         for micro_batches in PIECES
         if micro_batches >= ranks * schedules.SCHEDULES[schedule].stages_per_rank
     ]

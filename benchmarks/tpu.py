@@ -21,7 +21,7 @@ def measure_all(rounds: int = 7) -> list[dict]:
     """A row for the loop, and one for each mistake; one that says why, without torch_xla."""
     if reason := devices.why_not("xla"):
         return [_row("XLA on CPU, LeNet5", plain=f"not measured: {reason}")]
-    return launch.run(_rows, 1, rounds, STEPS, list(MISTAKES), device="cpu", backend=None)[0]
+    return launch.run(_rows, 1, rounds, STEPS, device="cpu", backend=None)[0]
 
 
 def _row(
@@ -90,7 +90,7 @@ def _run(step, device: torch.device, pieces: list) -> tuple[float, tpu.Counts]:
     return time.perf_counter() - start, tpu.counts() - before
 
 
-def _rows(rounds: int, steps: int, mistakes: list[str]) -> list[dict]:
+def _rows(rounds: int, steps: int) -> list[dict]:
     xla, cpu, train = devices.select("xla"), torch.device("cpu"), data.load("digits").train
     torch.set_num_threads(host.usable_cores())
 
@@ -117,8 +117,7 @@ def _rows(rounds: int, steps: int, mistakes: list[str]) -> list[dict]:
             of_limit=f"{did.compilations / 3:.0%}",
         ),
     ]
-    for number, name in enumerate(mistakes, 1):
-        step, adds = MISTAKES[name]
+    for number, (name, (step, adds)) in enumerate(MISTAKES.items(), 1):
         # A size of its own, so that no program is found that another mistake has compiled.
         right = pieces(BATCH_SIZE - number)
         wrong = (

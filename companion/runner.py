@@ -20,7 +20,8 @@ from companion.jobs import find as find
 from companion.jobs import plan as plan
 from companion.ledger import Outcome as Outcome
 
-_TAKES = re.compile(r"\*\*Needs\*\* about ([\d.]+) minutes")  # in a lesson's first cell
+# What a lesson's first cell tells: minutes, and GiB of memory.
+NEEDS = re.compile(r"\*\*Needs\*\* about ([\d.]+) minutes and ([\d.]+) GiB on a 2-core CPU")
 SAVE_SECONDS = 5.0  # at least, between two copies on disk of a notebook that runs
 _NO_KERNEL = "Kernel didn't respond"  # what is said of one that has not come up
 
@@ -77,16 +78,17 @@ def waves(wanted: list[Job], longest_first: bool) -> list[list[Job]]:
     none runs on alone for long at the end. Those that tell none begin before them.
     """
     if longest_first:
-        takes = {notebook: _minutes(notebook) for notebook in {job.notebook for job in wanted}}
+        takes = {notebook: minutes(notebook) for notebook in {job.notebook for job in wanted}}
         wanted = sorted(wanted, key=lambda job: -takes[job.notebook])
     last = {notebook for notebook in {job.notebook for job in wanted} if jobs.is_last(notebook)}
     return [[job for job in wanted if (job.notebook in last) == late] for late in (False, True)]
 
 
-def _minutes(notebook: Path) -> float:
+def minutes(notebook: Path) -> float:
+    """What its first cell tells; infinite where that tells nothing, or cannot be read."""
     try:
-        told = _TAKES.search(jobs.read(notebook).cells[0].source)
-    except (ValueError, IndexError):  # it cannot be read, or is empty
+        told = NEEDS.search(jobs.read(notebook).cells[0].source)
+    except (ValueError, IndexError):
         told = None
     return float(told[1]) if told else math.inf
 

@@ -2,7 +2,6 @@
 
 import ast
 import builtins
-import re
 import symtable
 import tomllib
 from pathlib import Path
@@ -13,7 +12,6 @@ from IPython.core.inputtransformer2 import TransformerManager
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SETTINGS = tomllib.loads((ROOT / "tests" / "parameters.toml").read_text())
-NEEDS = re.compile(r"\*\*Needs\*\* about ([\d.]+) minutes and ([\d.]+) GiB on a 2-core CPU")
 PARAMETERS, CHECKED, PROOF = "parameters", "nbval-check-output", "proof:"
 
 

@@ -21,7 +21,7 @@ import cells
 import times
 
 from companion import executed as files
-from companion import host, jobs
+from companion import host, jobs, runner
 
 MORE = 1.2  # times as much memory as is told of: when the most is taken is chance
 FOLDER = cells.ROOT / "results" / "nbval"
@@ -58,18 +58,15 @@ def pytest_collection_modifyitems(items) -> None:
 
     files = dict.fromkeys(item.parent for item in items if isinstance(item.parent, IPyNbFile))
     notebooks = {file: nbformat.read(file.path, 4) for file in files}
-    items.sort(key=lambda item: -minutes(notebooks[item.parent]) if item.parent in files else 0)
+    # The longest first, so that at the end none runs alone for long.
+    takes = {file: runner.minutes(file.path) for file in files}
+    items.sort(key=lambda item: -takes.get(item.parent, 0))
     for file, notebook in notebooks.items():
         own = [item for item in items if item.parent is file]
         if run := executed(file.path.parents[2] / "notebooks" / file.path.name):
             _compare(file, own, run)
         else:
             _note_time(file, "fewer" if "fewer" in notebook.metadata else "defaults")
-
-
-def minutes(notebook: nbformat.NotebookNode) -> float:
-    """What the first cell tells: the longest begin first, so that at the end none runs alone for long."""
-    return float(cells.NEEDS.search(notebook.cells[0].source)[1])
 
 
 def _compare(file, items, run: nbformat.NotebookNode) -> None:
@@ -88,7 +85,7 @@ def _compare(file, items, run: nbformat.NotebookNode) -> None:
 
 def within_memory(run: nbformat.NotebookNode) -> None:
     """Fails if an execution took clearly more memory than the notebook's first cell tells its reader."""
-    said = float(cells.NEEDS.search(run.cells[0].source)[2])
+    said = float(runner.NEEDS.search(run.cells[0].source)[2])
     took = run.metadata.companion.run.memory_bytes / 2**30
     assert took <= MORE * said, f"it took {took:.2f} GiB, {said} are told of"
 

@@ -213,7 +213,7 @@ def test_what_reads_the_others_records_runs_after_them(notebooks, tmp_path):
 def test_where_several_run_at_once_the_longest_begin_first(tmp_path):
     told = {"00_short": "0.5", "01_long": "3.4", "02_unknown": None, "03_middle": "1", "04_last": "9"}
     for name, minutes in told.items():
-        first = f"**Needs** about {minutes} minutes and 1 GiB" if minutes else "# A question?"
+        first = f"**Needs** about {minutes} minutes and 1 GiB on a 2-core CPU" if minutes else "# A question?"
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(first)])
         notebook.metadata["companion"] = {"last": name == "04_last"}
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")

@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from cells import NOTEBOOKS, ROOT
 
+from companion import runner
+
 ABSOLUTE = re.compile(r"\b(never|for ever|forever|at most|always|exactly)\b", re.IGNORECASE)
 # Accepted where a cell asserts it: notebook -> words of the sentence, and a piece of the assertion.
 BACKED = {
@@ -85,7 +87,7 @@ def test_links_to_files_and_headings_lead_somewhere(path):
 
 
 def test_the_readme_tells_the_minutes_and_the_memory_of_each_notebook(path):
-    minutes, gib = cells.NEEDS.search(nbformat.read(path, 4).cells[0].source).groups()
+    minutes, gib = runner.NEEDS.search(nbformat.read(path, 4).cells[0].source).groups()
     (row,) = re.findall(rf"^\| \[{path.stem}\].*$", (ROOT / "README.md").read_text(), re.MULTILINE)[:1]
     assert row.endswith(f"| {minutes}, {gib} |"), row
 

@@ -185,7 +185,7 @@ def undisturbed(splits, tmp_path_factory) -> dict[tuple[int, ...], str]:
     return {(n,): run(n, splits, Recipe(str(place / str(n)), steps=24))[0].fingerprint for n in (1, 2)}
 
 
-# On the newest stack one of a worker and one of a machine: what torch does then is the same for the others.
+# One of a worker and one of a machine; the others are provoked on the newest stack too by `make test-all`.
 ON_EACH_STACK = ("a worker is killed", "a node is killed and comes back")
 FAULTS = [
     pytest.param(fault, marks=[] if fault in ON_EACH_STACK else pytest.mark.once)

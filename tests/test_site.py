@@ -149,11 +149,6 @@ def browser():
         browser.close()
 
 
-def failed(request) -> list[str]:
-    """What to complain of; what the test itself leaves behind, going on to the next page, is nothing."""
-    return [] if request.failure == "net::ERR_ABORTED" else [f"cannot load {request.url}: {request.failure}"]
-
-
 @pytest.fixture
 def opened(browser, address):
     """Opens a page; what the browser complains of goes to its `faults`."""
@@ -165,9 +160,16 @@ def opened(browser, address):
         # Nothing is fetched from elsewhere, so that the site can be read without a network.
         context.route(lambda url: not url.startswith(address), lambda route: route.abort())
         page = context.new_page()
-        page.faults = []
+        page.faults, page.cut_off = [], []
+
+        def failed(request) -> None:
+            if request.failure == "net::ERR_ABORTED":  # the test itself has gone on to the next page
+                page.cut_off.append(request.url)
+            else:
+                page.faults.append(f"cannot load {request.url}: {request.failure}")
+
         page.on("pageerror", lambda error: page.faults.append(str(error)))
-        page.on("requestfailed", lambda request: page.faults.extend(failed(request)))
+        page.on("requestfailed", failed)
         page.goto(f"{address}/{name}")
         page.wait_for_load_state("load")
         return page
@@ -184,6 +186,7 @@ def test_every_page_opens_without_a_complaint_on_a_phone_too(opened, pages):
         page.wait_for_load_state("load")
         wide = page.evaluate("document.documentElement.scrollWidth")
         assert wide <= PHONE["width"], f"{name} is {wide} pixels wide on a phone"
+    page.faults += [f"cannot load {url}" for url in page.cut_off if not page.request.get(url).ok]
     assert not page.faults, page.faults[:10]
 
 
