@@ -31,6 +31,29 @@ def ray():
     ray_session.stop()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def killed_drivers(request):
+    """What drivers had started that are killed as the tests of this file begin, by the signal.
+
+    Ray's agents wait a minute for a server that is gone: meanwhile the other tests run.
+    """
+    if not any(item.function is test_a_killed_driver_leaves_no_process for item in request.session.items):
+        return {}
+    return {how: _killed(how) for how in (signal.SIGTERM, signal.SIGKILL)}
+
+
+def _killed(how: signal.Signals) -> list[psutil.Process]:
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTED], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout.readline() == "started\n"
+        started = psutil.Process(driver.pid).children(recursive=True)
+        assert len(started) >= 4
+        driver.send_signal(how)
+        driver.wait(30)
+    return started
+
+
 def own_processes() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if ray_session._is_rays(child)]
 
@@ -141,21 +164,6 @@ print(ray_session.start(cpus=1), os.path.dirname(ray_session._started["folder"])
     assert ran.stdout == "{'CPU': 1.0} /tmp\n", ran.stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_driver_leaves_no_process(python, how):
-    driver = subprocess.Popen([*python, "-c", STARTED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert driver.stdout.readline() == "started\n"
-    started = psutil.Process(driver.pid).children(recursive=True)
-    assert len(started) >= 4
-    driver.send_signal(how)
-    driver.wait(30)
-    driver.stdout.close()
-    _, left = psutil.wait_procs(started, 150)  # its agents wait a minute for a server that is gone
-    for process in left:
-        process.kill()
-    assert not left
-
-
 def test_several_nodes_on_one_machine(python):
     code = """
 from companion import ray_session, ray_tune
@@ -200,3 +208,11 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'accelerating-pytorch\[tune\]'"):
         ray_session.imported()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_driver_leaves_no_process(killed_drivers, how):  # the last in this file
+    _, left = psutil.wait_procs(killed_drivers[how], 150)
+    for process in left:
+        process.kill()
+    assert not left

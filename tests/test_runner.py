@@ -342,12 +342,16 @@ def test_parameters_have_their_whole_defaults_and_comments(typed):
 
 
 @pytest.mark.parametrize("value", ["-0.5", "-1e-3", "-.5e2", " -1e-3"])
-def test_negative_values_are_no_options(notebooks, value, monkeypatch):
+def test_negative_values_are_no_options(notebooks, value, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(runner, "run", lambda wanted, *more, **options: seen.extend(wanted) or iter(()))
-    assert call(notebooks, "run", "00", "-p", "learning_rate", value) == 0
-    assert call(notebooks, "run", "00", "-p", "dataset", "--all") == 0
-    assert call(notebooks, "run", "00", "--sweep", f"learning_rate={value},1e-3") == 0
+    given = (
+        ["-p", "learning_rate", value],
+        ["-p", "dataset", "--all"],
+        ["--sweep", f"learning_rate={value},1e-3"],
+    )
+    for number, words in enumerate(given):
+        assert call(notebooks, "run", "00", "--output", str(tmp_path / f"{number}"), *words) == 0
     expected = [{"learning_rate": float(value)}, {"dataset": "--all"}]
     expected += [{"learning_rate": float(value)}, {"learning_rate": 1e-3}]
     assert [job.parameters for job in seen] == expected
