@@ -205,6 +205,13 @@ def test_facts_of_a_model(make, shape, kind):
     assert found.macs == measure.macs(make(), torch.randn(1, *shape))
 
 
+def test_a_model_that_cannot_be_trained_with_one_sample_has_facts_too():
+    def make():
+        return nn.Sequential(nn.Conv2d(3, 8, 4), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
+
+    assert advice.facts(make, (3, 4, 4), 4, rounds=1).macs == 3 * 8 * 16 + 80
+
+
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="batch_size=1 must be 2 or more"):
         advice.facts(models.LeNet5, (3, 32, 32), 1)
