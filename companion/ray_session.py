@@ -78,17 +78,31 @@ def _begin(node: dict, nodes: int) -> None:
     folder = tempfile.mkdtemp(prefix="ray-", dir=_where())
     _started.update(folder=folder, cluster=None)
     try:
-        if nodes == 1:
-            ray.init("local", **node, **_options(), _node_ip_address=LOOPBACK, _temp_dir=folder)
-        else:
-            _started["cluster"] = cluster = _simulated(nodes, node, folder)
-            ray.init(cluster.address, **_options(), _node_ip_address=LOOPBACK)
+        with _threads_by_cpus():
+            if nodes == 1:
+                ray.init("local", **node, **_options(), _node_ip_address=LOOPBACK, _temp_dir=folder)
+            else:
+                _started["cluster"] = cluster = _simulated(nodes, node, folder)
+                ray.init(cluster.address, **_options(), _node_ip_address=LOOPBACK)
         addresses = {one["NodeManagerAddress"] for one in ray.nodes()}
         if addresses != {LOOPBACK}:
             raise RuntimeError(f"Ray listens on {', '.join(addresses)} instead of on loopback only")
     except BaseException:
         stop()
         raise
+
+
+@contextmanager
+def _threads_by_cpus() -> Iterator[None]:
+    """Hides this process's number of threads from what is started: each worker would take so many, whereas
+    Ray gives it as many as the CPUs that its task asked for.
+    """
+    own = os.environ.pop("OMP_NUM_THREADS", None)
+    try:
+        yield
+    finally:
+        if own is not None:
+            os.environ["OMP_NUM_THREADS"] = own
 
 
 def _options() -> dict[str, object]:

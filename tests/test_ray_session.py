@@ -26,7 +26,10 @@ time.sleep(600)
 
 @pytest.fixture(scope="module")
 def ray():
-    ray_session.start(cpus=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "7")  # what a test below looks for
+        ray_session.start(cpus=1)
+        assert os.environ["OMP_NUM_THREADS"] == "7"
     yield ray_session.imported()
     ray_session.stop()
 
@@ -99,6 +102,11 @@ except RuntimeError as error:
     assert first == "{'CPU': 1.0}", ran.stderr
     assert "already runs" in second
     assert ray_session.resources() == {"CPU": 1.0}
+
+
+def test_a_task_has_as_many_threads_as_cpus_whatever_this_process_has(ray):
+    task = ray.remote(num_cpus=1)(lambda: os.environ["OMP_NUM_THREADS"])
+    assert ray.get(task.remote(), timeout=60) == "1"
 
 
 def test_it_reports_nothing_to_its_makers(ray):
