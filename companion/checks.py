@@ -91,14 +91,14 @@ def folder(name: str, path: str | Path) -> Path:
     return path
 
 
-def most_ranks() -> int:
+def most_ranks(rank_bytes: int = RANK_BYTES) -> int:
     """How many ranks a notebook starts here at most: four for each core and eight at least, as far as the
-    memory goes, or what the environment variable COMPANION_MOST_RANKS says.
+    memory goes when each takes `rank_bytes`, or what the environment variable COMPANION_MOST_RANKS says.
     """
     if MOST_RANKS in os.environ:
         return whole_numbers(MOST_RANKS, os.environ[MOST_RANKS])[0]
     cores = max(8, RANKS_PER_CORE * host.usable_cores())
-    memory = host.usable_memory_bytes() // RANK_BYTES
+    memory = host.usable_memory_bytes() // rank_bytes
     return max(1, min(cores, memory)) if memory else cores
 
 

@@ -6,6 +6,7 @@ Everything here but `main` is called in each rank, where the default process gro
 """
 
 import argparse
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -121,24 +122,38 @@ def scaling(
     """Measures `make`'s model on random images of `shape` at each global batch size; the ways take turns in
     each round.
     """
-    rank, world_size, device = dist.get_rank(), dist.get_world_size(), launch.device()
+    world_size = dist.get_world_size()
     if min(batch_sizes) < world_size:
         raise ValueError(f"a batch of {min(batch_sizes)} has no share for each of {world_size} ranks")
-    rows, groups = [], [dist.new_group([other]) for other in range(world_size)]
+    groups = [dist.new_group([other]) for other in range(world_size)]
+    rows = []
     for batch_size in batch_sizes:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch_size, *shape, generator=generator).to(device)
-        labels = torch.randint(0, 10, (batch_size,), generator=generator).to(device)
-        mine = images[rank::world_size].contiguous(), labels[rank::world_size].contiguous()
-        plain, model = make().to(device), make()
-        lonely = wrap(make(), process_group=groups[rank])
-        whole = training.stepper(plain, images, labels)
-        ways = {"alone": whole if rank == 0 else lambda: None}
-        ways |= {"share": training.stepper(plain, *mine), "wrapped": training.stepper(lonely, *mine)}
-        ways |= {"ddp": training.stepper(wrap(model), *mine)}
-        size = sum(p.nbytes for p in model.parameters())
-        rows.append(Scaling(batch_size, world_size, collectives.compare(ways, rounds), size, buckets(model)))
+        rows.append(_scaling(make, shape, batch_size, rounds, groups[dist.get_rank()]))
+        gc.collect()  # the models of one batch size go before those of the next one come
     return rows
+
+
+def _scaling(make, shape, batch_size: int, rounds: int, alone: dist.ProcessGroup) -> Scaling:
+    rank, world_size, device = dist.get_rank(), dist.get_world_size(), launch.device()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, *shape, generator=generator).to(device)
+    labels = torch.randint(0, 10, (batch_size,), generator=generator).to(device)
+    mine = images[rank::world_size].contiguous(), labels[rank::world_size].contiguous()
+    plain = make().to(device)
+    lonely, together = (_of_the_same_weights(make(), plain) for _ in range(2))
+    whole = training.stepper(plain, images, labels)
+    ways = {"alone": whole if rank == 0 else lambda: None, "share": training.stepper(plain, *mine)}
+    ways["wrapped"] = training.stepper(wrap(lonely, process_group=alone), *mine)
+    ways["ddp"] = training.stepper(wrap(together), *mine)
+    size = sum(p.nbytes for p in plain.parameters())
+    return Scaling(batch_size, world_size, collectives.compare(ways, rounds), size, buckets(together))
+
+
+def _of_the_same_weights(model: nn.Module, other: nn.Module) -> nn.Module:
+    """`model` with the parameters of `other` for its own, in the same memory; their gradients are not."""
+    for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+        mine.data = its.data
+    return model
 
 
 def crossing(batch_sizes: list[int], speed_ups: list[float], level: float = 1.0) -> float:

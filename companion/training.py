@@ -62,9 +62,17 @@ def plain_step(model, images, labels, loss_function, optimizer) -> torch.Tensor:
 
 
 def stepper(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """A training step of SGD on one batch, to be called again and again; the weights hardly change."""
+    """A training step of SGD on one batch, to be called again and again; the weights hardly change. It keeps
+    no gradients: several models in turn would hold the memory of all.
+    """
     optimizer = make_optimizer(model, Recipe(learning_rate=1e-7, optimizer="sgd"))
-    return lambda: plain_step(model, images, labels, F.cross_entropy, optimizer)
+
+    def step() -> torch.Tensor:
+        loss = plain_step(model, images, labels, F.cross_entropy, optimizer)
+        optimizer.zero_grad()
+        return loss
+
+    return step
 
 
 def amp_step(device_type: str, dtype: torch.dtype, scaler: torch.amp.GradScaler | None = None) -> Step:
