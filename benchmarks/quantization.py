@@ -74,6 +74,37 @@ def rows_of(case: str, found: qc.Comparison, size: int) -> Iterator[dict]:
         }
 
 
+def products(rounds: int, width: int = 1024) -> Iterator[dict]:
+    """Rows of one product of square matrices in fewer bits: what the instructions gain, and so about the most
+    that a network can gain whose time goes into such products.
+    """
+    torch.manual_seed(0)
+    dense, x = nn.Sequential(nn.Linear(width, width, bias=False)), torch.randn(width, width)
+    half = nn.Sequential(nn.Linear(width, width, bias=False)).bfloat16()
+    ways = {"float32": lambda: dense(x), "bfloat16": lambda: half(x.bfloat16())}
+    for engine in ("x86", "onednn"):
+        integers = torch.quantize_per_tensor(x, 8 / 255, 128, torch.quint8)
+        layer = quantization.static(dense, [x], engine=engine)
+        ways[f"int8, {engine}"] = functools.partial(_only_product(layer), integers)
+    with torch.no_grad():
+        times = measure.compare(ways, rounds=rounds, warm_up=2)
+    for name in list(ways)[1:]:
+        yield {
+            "what": f"a product of two matrices of {width} x {width}: {name} (speed-up)",
+            "plain": f"1.00 ({1e3 * times['float32'].median:.1f} ms)",
+            "ours": "-",
+            "limit": f"{times.speed_up(name, over='float32'):.2f}",
+            "against plain": "-",
+            "of the limit": "-",
+        }
+
+
+def _only_product(made: nn.Module) -> nn.Module:
+    """The integer layer of a converted model, without the changes to integers and back."""
+    (layer,) = (module for module in made.modules() if isinstance(module, torch.ao.nn.quantized.Linear))
+    return layer
+
+
 def lost(name: str, trained: Callable[[int], tuple], make: Callable, seeds: int) -> dict:
     """Points of test accuracy that integers cost, over several trainings."""
     points, accuracies = [], []
@@ -137,4 +168,5 @@ def measure_all(rounds: int = 9) -> list[dict]:
         rows += [row for size in sizes for row in rows_of(case, found, size)]
     torch.set_num_threads(threads)
     devices.set_threads()
+    rows += products(rounds)
     return rows + [lost(*accuracy, SEEDS) for accuracy in ACCURACIES]

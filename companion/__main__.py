@@ -34,6 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     folder, wanted, done = _wanted(arguments)
     if done:
         print(f"{done} of {done + len(wanted)} have passed already")
+    for notebook in sorted({job.notebook for job in wanted}):
+        if short := runner.short_of_memory(notebook):
+            print(f"{notebook.stem} {short}", flush=True)
     failed = []
     for outcome in _outcomes(arguments, wanted, folder):
         if outcome.error:
@@ -103,7 +106,9 @@ def doctor(arguments: argparse.Namespace) -> int:
             for what in _headline(notebook)[1].get("uses", [])
             if (reason := devices.why_not(what))
         ]
-        print(f"{notebook.stem:24} {'without ' + '; '.join(missing) if missing else 'full strength'}")
+        said = [f"without {'; '.join(missing)}" if missing else "full strength"]
+        said += filter(None, [runner.short_of_memory(notebook)])
+        print(f"{notebook.stem:24} {'; '.join(said)}")
     return 0
 
 

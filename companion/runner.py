@@ -13,7 +13,7 @@ from queue import SimpleQueue
 
 import nbformat
 
-from companion import checks, executed, jobs, kernels, ledger
+from companion import checks, executed, host, jobs, kernels, ledger
 from companion.jobs import Job
 from companion.jobs import check as check
 from companion.jobs import find as find
@@ -78,19 +78,29 @@ def waves(wanted: list[Job], longest_first: bool) -> list[list[Job]]:
     none runs on alone for long at the end. Those that tell none begin before them.
     """
     if longest_first:
-        takes = {notebook: minutes(notebook) for notebook in {job.notebook for job in wanted}}
+        takes = {notebook: needs(notebook)[0] for notebook in {job.notebook for job in wanted}}
         wanted = sorted(wanted, key=lambda job: -takes[job.notebook])
     last = {notebook for notebook in {job.notebook for job in wanted} if jobs.is_last(notebook)}
     return [[job for job in wanted if (job.notebook in last) == late] for late in (False, True)]
 
 
-def minutes(notebook: Path) -> float:
-    """What its first cell tells; infinite where that tells nothing, or cannot be read."""
+def needs(notebook: Path) -> tuple[float, float]:
+    """The minutes and GiB that its first cell tells; (infinite, 0) where that tells nothing, or cannot be
+    read.
+    """
     try:
         told = NEEDS.search(jobs.read(notebook).cells[0].source)
     except (ValueError, IndexError):
         told = None
-    return float(told[1]) if told else math.inf
+    return (float(told[1]), float(told[2])) if told else (math.inf, 0.0)
+
+
+def short_of_memory(notebook: Path) -> str | None:
+    """What is said of a notebook whose first cell tells of more memory than may be used here, or None."""
+    wanted, there = needs(notebook)[1], host.usable_memory_bytes() / 2**30
+    if not 0 < there < wanted:
+        return None
+    return f"took {wanted:g} GiB at its defaults, {there:.1f} are here: its kernel may be killed"
 
 
 def kept(futures: Iterator, folder: Path) -> Iterator[Outcome]:

@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items) -> None:
     files = dict.fromkeys(item.parent for item in items if isinstance(item.parent, IPyNbFile))
     notebooks = {file: nbformat.read(file.path, 4) for file in files}
     # The longest first, so that at the end none runs alone for long.
-    takes = {file: runner.minutes(file.path) for file in files}
+    takes = {file: runner.needs(file.path)[0] for file in files}
     items.sort(key=lambda item: -takes.get(item.parent, 0))
     for file, notebook in notebooks.items():
         own = [item for item in items if item.parent is file]

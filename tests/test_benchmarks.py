@@ -60,6 +60,9 @@ def short_notebook(folder):
     return folder / "00_short.ipynb"
 
 
+PRODUCTS = ("bfloat16", "int8, x86", "int8, onednn")
+
+
 @pytest.fixture(autouse=True)
 def _small(monkeypatch, tmp_path):
     monkeypatch.setattr(training_loop, "SAMPLES", 512)
@@ -175,6 +178,7 @@ def test_the_table_is_printed_and_written(tmp_path, monkeypatch, capfd):
         "trials a minute, Ray's processes against Optuna alone in one process",
         "float16, LeNet5, batch 1",
         "int8 static, LeNet5, batch 1",
+        *(f"a product of two matrices of 1024 x 1024: {way}" for way in PRODUCTS),
         "accuracy that it costs: int8 static, LeNet5 on cluttered_digits, 5 seeds",
         "times fewer weights by masks, LeNet5 on digits",
         "points on test, share of zeros, LeNet5 on digits",

@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from companion import __main__ as cli
 from companion import executed as executed_files
-from companion import jobs, kernels, runner, scoreboard
+from companion import host, jobs, kernels, runner, scoreboard
 
 pytestmark = pytest.mark.once
 PARAMETERS = """epochs: int = 3  # passes over the data
@@ -481,6 +481,26 @@ def test_list_shows_questions_and_parameters(notebooks, capfd):
     printed = capfd.readouterr().out
     assert "00_works: The question of 00_works?" in printed
     assert "learning_rate: float    = 0.1                  of the optimizer" in printed
+
+
+def test_a_notebook_that_took_more_memory_than_is_here_is_named_first(
+    notebooks, tmp_path, capfd, monkeypatch
+):
+    path = notebooks / "00_works.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells[0].source += "\n\n**Needs** about 0.1 minutes and 2.5 GiB on a 2-core CPU."
+    nbformat.write(notebook, path)
+    said = "took 2.5 GiB at its defaults, 2.0 are here: its kernel may be killed"
+    for there, expected in ((2 * 2**30, True), (3 * 2**30, False), (0, False)):
+        monkeypatch.setattr(host, "usable_memory_bytes", lambda root="/", there=there: there)
+        assert (runner.short_of_memory(path) == said) == expected
+    assert runner.needs(notebooks / "01_fails.ipynb") == (math.inf, 0.0)
+    monkeypatch.setattr(host, "usable_memory_bytes", lambda root="/": 2 * 2**30)
+    assert call(notebooks, "doctor") == 0
+    assert f"00_works                 full strength; {said}\n" in capfd.readouterr().out
+    assert call(notebooks, "run", "00", "--output", str(tmp_path / "out")) == 0
+    printed = capfd.readouterr().out
+    assert printed.index(f"00_works {said}\n") < printed.index("1 passed")
 
 
 def test_doctor_says_what_is_missing_and_why(notebooks, capfd, monkeypatch):
