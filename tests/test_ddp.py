@@ -81,6 +81,20 @@ def test_all_reduces_and_steps_are_timed():
         assert all(row.times[way].low > 0 for way in ("alone", "share", "wrapped", "ddp"))
 
 
+def test_models_that_are_measured_in_turn_share_their_weights_and_keep_no_gradients():
+    plain = models.LeNet5()
+    other = ddp._of_the_same_weights(models.LeNet5(), plain)
+    for mine, its in zip(other.parameters(), plain.parameters(), strict=True):
+        assert mine is not its
+        assert mine.data_ptr() == its.data_ptr()
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    before = parity.fingerprint(plain)
+    losses = [float(training.stepper(model, images, labels)()) for model in (plain, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert all(p.grad is None for model in (plain, other) for p in model.parameters())
+    assert parity.fingerprint(plain) == parity.fingerprint(other) != before, "a step of each moves both"
+
+
 def test_predicted_and_measured_speed_up():
     ways = {"alone": [0.4, 0.8], "share": [0.2, 0.4], "wrapped": [0.3, 0.5], "ddp": [0.25, 0.5]}
     times = measure.Times(ways)

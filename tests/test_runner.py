@@ -483,9 +483,7 @@ def test_list_shows_questions_and_parameters(notebooks, capfd):
     assert "learning_rate: float    = 0.1                  of the optimizer" in printed
 
 
-def test_a_notebook_that_took_more_memory_than_is_here_is_named_first(
-    notebooks, tmp_path, capfd, monkeypatch
-):
+def test_a_notebook_that_took_more_memory_is_named_first(notebooks, tmp_path, capfd, monkeypatch):
     path = notebooks / "00_works.ipynb"
     notebook = nbformat.read(path, 4)
     notebook.cells[0].source += "\n\n**Needs** about 0.1 minutes and 2.5 GiB on a 2-core CPU."
