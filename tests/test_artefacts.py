@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from companion import artefacts, models, variants
+from companion import artefacts, devices, models, variants
 from companion.artefacts import About, ArtefactError
 
 
@@ -51,6 +51,8 @@ def test_it_answers_as_the_model_does_without_its_class(kind, model, images, tmp
 
 @pytest.mark.once
 def test_a_program_is_compiled_when_it_is_loaded(model, images, tmp_path):
+    if reason := devices.why_not("compile"):
+        pytest.skip(reason)
     artefacts.save(model, [images], tmp_path / "made", about("program"))
     loaded = artefacts.load(tmp_path / "made")
     torch.testing.assert_close(loaded(images), model.eval()(images).detach(), atol=1e-5, rtol=1e-4)

@@ -219,13 +219,13 @@ def test_what_a_person_would_type_trains_too(undisturbed, tmp_path):
     """torchrun itself, with the static rendezvous, and what came before it, on one node each."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    torchrun = f"{sys.executable} -m torch.distributed.run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
     about = f"--nnodes=2 --nproc-per-node=1 --master-addr=127.0.0.1 --master-port={port}"
-    program = f"-m companion.multi_machine --steps 24 --timeout-seconds 60 --folder {tmp_path}"
+    program = "-m companion.multi_machine --steps 24 --timeout-seconds 60 --folder"
     environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": launch.loopback()}
     nodes = [
         subprocess.Popen(
-            [*torchrun.split(), *about.split(), f"--node-rank={rank}", *program.split()],
+            [*torchrun, *about.split(), f"--node-rank={rank}", *program.split(), str(tmp_path)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,

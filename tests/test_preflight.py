@@ -296,9 +296,10 @@ def test_numbers_of_a_verdict(asked):
 
 
 def stand_in(tmp_path, monkeypatch, script):
-    program = tmp_path / "python"
-    head = f"#!{sys.executable}\nimport os, sys, time, subprocess\nfolder = sys.argv[3]\n"
-    program.write_text(f"{head}{script}\n")
+    program, text = tmp_path / "python", tmp_path / "stand_in.py"
+    text.write_text(f"import os, sys, time, subprocess\nfolder = sys.argv[3]\n{script}\n")
+    # By the shell, since no path with a space can stand after #!.
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{text}" "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("COMPANION_PREFLIGHT", str(program))
 
