@@ -28,7 +28,7 @@ from companion.variants import Variant
 FINALISTS = 3
 ROUNDS = 15
 RATIOS = (0.3, 0.5)  # of the channels, taken out where there is a `fine_tune`
-SECONDS = 2.0  # for which a variant is timed, about
+SECONDS = {True: 1.0, False: 2.0}  # for which a variant is timed, about, with `early` and without
 FINAL_SECONDS = 6.0  # for each that leads
 
 
@@ -117,8 +117,8 @@ class _Search:
         self.lead = Lead(0.0, dict.fromkeys(sizes, 1.0))
 
     def run(self, tried: list[Variant], fine_tune, seconds: float) -> Found:
-        if any(variant.kind == "program" for variant in tried):
-            launch.warm("companion.compiler")
+        needs_compiler = any(variant.kind == "program" for variant in tried)
+        launch.warm("companion.fastest_rounds", *(["companion.compiler"] if needs_compiler else []))
         plain = self._plain()
         interrupted = False
         try:
@@ -176,7 +176,7 @@ class _Search:
             return
         folder, limit = self.folder / f"{len(self.rows)}", self.limits["limit_bytes"]
         lead = self.lead if self.early else replace(self.lead, score=0.0)
-        given = (self.model, self.inputs, self.evaluate, lead, ROUNDS, SECONDS, limit)
+        given = (self.model, self.inputs, self.evaluate, lead, ROUNDS, SECONDS[self.early], limit)
         start = time.perf_counter()
         try:
             self._child(fastest_rounds.make, variant, model, self.inputs, folder, plain.threads, limit)

@@ -57,7 +57,7 @@ def accuracy(model, images):
 
 
 def test_the_winner_is_what_was_measured_and_can_be_saved(model, images, accuracy, tmp_path, capsys):
-    names = ("script", "ONNX Runtime", "int8 dynamic")
+    names = ("script", "int8 dynamic", "ONNX Runtime")
     found = fastest.search(model, images, accuracy, names=names, **QUICK | {"progress": True})
     assert [row.name for row in found.rows] == [PLAIN, *names]
     assert capsys.readouterr().out.count("accuracy") >= 4, "each row is told of when it is known"
@@ -216,6 +216,13 @@ def program_says(path, inputs):
     assert "torchao" not in sys.modules
     with torch.no_grad():
         return artefacts._loaded_program(path)(inputs)  # it need not be compiled for this
+
+
+def test_quicker_ones_of_its_kind_are_tried_before_one_that_looks_at_them():
+    for offered in (variants.ON_CPU, variants.ON_GPU):
+        names = [variant.name for variant in offered]
+        for place, variant in enumerate(offered):
+            assert set(variant.after) <= set(names[:place]), variant.name
 
 
 def test_the_profile_saves_the_search_a_compilation():
