@@ -51,7 +51,7 @@ def rows_of(case: str, threads: int) -> Iterator[dict]:
     training.seed_everything(0)
     model, inputs = make().eval(), torch.randn(64, *shape)
     ask = functools.partial(fastest.search, model, inputs, agreement(model, inputs), 0.05)
-    launch.warm("companion.fastest_rounds", "companion.compiler")
+    launch.warm("companion.fastest_making", "companion.compiler")
     launch.run(os.getpid, 1, device="cpu", backend=None)  # else the first of the two waits for this server
     options = {"batch_sizes": sizes, "threads": threads, "names": NAMES, "progress": False}
     searched = cold(ask, **options)

@@ -24,6 +24,7 @@ MODULES = (
     "fastest",
     "fastest_command",
     "fastest_found",
+    "fastest_making",
     "fastest_rounds",
     "figures",
     "fusing",

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from companion import fastest_rounds, host, launch, machine, pruning_channels, scratch, variants
+from companion import fastest_making, fastest_rounds, host, launch, machine, variants
 from companion.fastest_found import PLAIN, Found, Row
+from companion.fastest_making import Made, Workshop
 from companion.fastest_rounds import Evaluate, Lead, Measured, Plain
 from companion.measure import Spread
 from companion.variants import Variant
@@ -110,7 +111,7 @@ class _Search:
     def __init__(self, model, inputs, evaluate, budget, sizes, counts, limits, early, progress):
         self.model, self.inputs, self.evaluate, self.budget = model, inputs, evaluate, budget
         self.sizes, self.counts, self.limits, self.early = sizes, counts, limits, early
-        self.progress, self.folder, self.start = progress, scratch.folder(), time.perf_counter()
+        self.progress, self.start = progress, time.perf_counter()
         self.rows: dict[str, Row] = {}
         self.folders: dict[str, Path] = {}
         self.hopeless: set[str] = set()  # not tried, since the lead is out of their reach
@@ -118,12 +119,11 @@ class _Search:
 
     def run(self, tried: list[Variant], fine_tune, seconds: float) -> Found:
         needs_compiler = any(variant.kind == "program" for variant in tried)
-        launch.warm("companion.fastest_rounds", *(["companion.compiler"] if needs_compiler else []))
+        launch.warm("companion.fastest_making", *(["companion.compiler"] if needs_compiler else []))
         plain = self._plain()
         interrupted = False
         try:
-            for variant in tried:
-                self._attempt(variant.name, variant, self.model, plain, seconds)
+            self._try({variant.name: variant for variant in tried}, self.model, plain, seconds)
             if fine_tune:
                 self._pruned(tried, fine_tune, plain, seconds)
             self._finals(plain)
@@ -140,9 +140,12 @@ class _Search:
             interrupted=interrupted,
         )
 
-    def _child(self, function: Callable, *args: object):
+    def _children(self, function: Callable, count: int, *args: object) -> list:
         options = {"device": str(self.inputs.device), "backend": None, "threads": max(self.counts)}
-        return launch.run(function, 1, *args, **options, limit_seconds=self.limits["limit_seconds"])[0]
+        return launch.run(function, count, *args, **options, limit_seconds=self.limits["limit_seconds"])
+
+    def _child(self, function: Callable, *args: object):
+        return self._children(function, 1, *args)[0]
 
     def _plain(self) -> Plain:
         given = (self.model, self.inputs, self.evaluate, self.sizes, self.counts, ROUNDS)
@@ -151,7 +154,7 @@ class _Search:
         except launch.WorkerError as error:
             where = f" ({error.place})" if error.place else ""
             raise ValueError(
-                f"the model as it is cannot be measured: {_without_type(error.reason)}{where}"
+                f"the model as it is cannot be measured: {fastest_making.without_type(error.reason)}{where}"
             ) from error
         gains = {
             size: replace(spread, median=1.0, low=1.0, high=1.0) for size, spread in plain.latency.items()
@@ -165,28 +168,43 @@ class _Search:
         if self.progress:
             print(row, flush=True)
 
-    def _attempt(self, name: str, variant: Variant, model: nn.Module, plain: Plain, seconds: float) -> None:
-        """Makes, checks and measures one variant; its row."""
-        reason = variants.why_not(variant, self.inputs)
-        if not reason and time.perf_counter() - self.start > seconds:
-            reason = f"not tried: {seconds:g} seconds were over"
-        reason = reason or self._hopeless(variant, plain)
-        if reason:
-            self._note(Row(name, reason=reason))
+    def _try(self, named: dict[str, Variant], model: nn.Module, plain: Plain, seconds: float) -> None:
+        """Makes, checks and measures variants of a model; their rows. The next ones are made together with
+        the one whose turn it is.
+        """
+        workshop = Workshop(self._children, model, self.inputs, plain.threads, **self.limits)
+        for place, (name, variant) in enumerate(named.items()):
+            if reason := self._why_not(variant, plain, seconds):
+                self._note(Row(name, reason=reason))
+                continue
+            later = [each for each in [*named][place + 1 :] if not self._why_not(named[each], plain, seconds)]
+            made = workshop.take({each: named[each] for each in [name, *later]})
+            self._attempt(name, variant, made, plain)
+
+    def _why_not(self, variant: Variant, plain: Plain, seconds: float) -> str | None:
+        if reason := variants.why_not(variant, self.inputs):
+            return reason
+        if time.perf_counter() - self.start > seconds:
+            return f"not tried: {seconds:g} seconds were over"
+        return self._hopeless(variant, plain)
+
+    def _attempt(self, name: str, variant: Variant, made: Made, plain: Plain) -> None:
+        """Checks and measures what was made; its row."""
+        if made.reason:
+            self._note(Row(name, reason=made.reason, seconds=made.seconds))
             return
-        folder, limit = self.folder / f"{len(self.rows)}", self.limits["limit_bytes"]
         lead = self.lead if self.early else replace(self.lead, score=0.0)
-        given = (self.model, self.inputs, self.evaluate, lead, ROUNDS, SECONDS[self.early], limit)
+        given = (self.model, self.inputs, self.evaluate, lead, ROUNDS, SECONDS[self.early])
         start = time.perf_counter()
         try:
-            self._child(fastest_rounds.make, variant, model, self.inputs, folder, plain.threads, limit)
-            found = self._child(fastest_rounds.measured, folder, variant.exact, *given)
+            limit = self.limits["limit_bytes"]
+            found = self._child(fastest_rounds.measured, made.folder, variant.exact, *given, limit)
         except launch.WorkerError as error:
-            late = f"took longer than {self.limits['limit_seconds']:g} s"
-            reason = late if error.rank is None else _without_type(error.reason)
-            self._note(Row(name, reason=reason, seconds=time.perf_counter() - start))
+            took = made.seconds + time.perf_counter() - start
+            reason = fastest_making.reason(error, self.limits["limit_seconds"])
+            self._note(Row(name, reason=reason, seconds=took))
             return
-        self._measured(name, folder, found, plain, time.perf_counter() - start)
+        self._measured(name, made.folder, found, plain, made.seconds + time.perf_counter() - start)
 
     def _hopeless(self, variant: Variant, plain: Plain) -> str | None:
         """Why it need not be tried: the profile says so, or the quicker ones of its kind, far behind all."""
@@ -225,18 +243,18 @@ class _Search:
             if time.perf_counter() - self.start > seconds:
                 self._note(Row(base, reason=f"not tried: {seconds:g} seconds were over"))
                 continue
+            given = (self.model, self.inputs[:1], ratio, fine_tune, self.evaluate)
             try:
-                narrow = self._child(_narrowed, self.model, self.inputs[:1], ratio, fine_tune, self.evaluate)
+                small, accuracy = self._child(fastest_making.narrowed, *given)
             except launch.WorkerError as error:
-                self._note(Row(base, reason=_without_type(error.reason)))
+                self._note(Row(base, reason=fastest_making.without_type(error.reason)))
                 continue
-            small, accuracy = narrow
             if accuracy < sum(plain.accuracies) / 2 - self.budget:
                 self._note(Row(base, reason=f"accuracy {accuracy:.2%} after fine_tune: beyond the budget"))
                 continue
-            for variant in [each for each in tried if each.name in leading] or tried[:1]:
-                loose = replace(variant, exact=False)
-                self._attempt(f"{base}, {variant.name}", loose, small, plain, seconds)
+            chosen = [each for each in tried if each.name in leading] or tried[:1]
+            loose = {f"{base}, {variant.name}": replace(variant, exact=False) for variant in chosen}
+            self._try(loose, small, plain, seconds)
 
     def _leading(self, count: int) -> list[str]:
         """The fastest so far that keep the accuracy: by their geometric mean those that are not far behind
@@ -278,20 +296,3 @@ class _Search:
             count = max(ways, key=lambda n: math.prod(ways[n][size][1].low for size in self.sizes))
             latency, gains = ({size: both[k] for size, both in ways[count].items()} for k in (0, 1))
             self._note(replace(row, threads=count, latency=latency, speed_up=gains, final=True))
-
-
-def _narrowed(
-    model: nn.Module, example: torch.Tensor, ratio: float, fine_tune, evaluate
-) -> tuple[nn.Module, float]:
-    """A model with fewer channels, trained again, and its accuracy; in a process of its own."""
-    small = pruning_channels.narrowed(model, example, ratio=ratio).model
-    given = fine_tune(small)
-    small = (given if isinstance(given, nn.Module) else small).to(example.device).eval()
-    return small, fastest_rounds.accuracy_of(evaluate, small)
-
-
-def _without_type(reason: str) -> str:
-    """What a rank says, without the name of the error where the message is meant for people."""
-    own = ("UnfitError", "QuantizationError", "ArtefactError")
-    kind, _, said = reason.partition(": ")
-    return said if kind in own else reason

@@ -13,7 +13,6 @@ from torch import nn
 
 from companion import artefacts, devices, host, measure, memory
 from companion.measure import Spread
-from companion.variants import Variant
 
 Evaluate = Callable[[nn.Module], float]
 AGREE = 1e-3  # how far exact variants may be apart, as a share of the largest answer
@@ -184,20 +183,6 @@ def again(way: Callable[[], object], calls: int) -> Callable[[], None]:
             way()
 
     return repeated
-
-
-def make(
-    variant: Variant,
-    model: nn.Module,
-    inputs: torch.Tensor,
-    folder: Path,
-    threads: int,
-    limit_bytes: int | None,
-) -> None:
-    """Writes the variant's artefact."""
-    host.limit_memory(limit_bytes)
-    devices.set_threads(threads)
-    variant.make(model, inputs, folder, threads)
 
 
 def measured(

@@ -18,6 +18,7 @@ from companion import (
     fastest,
     fastest_found,
     fastest_rounds,
+    host,
     launch,
     measure,
     models,
@@ -25,6 +26,7 @@ from companion import (
     variants,
 )
 from companion.fastest_found import PLAIN, Row
+from companion.fastest_making import Workshop
 from companion.fastest_rounds import Lead
 from companion.quantization import QuantizationError
 from companion.variants import Variant
@@ -223,6 +225,47 @@ def test_quicker_ones_of_its_kind_are_tried_before_one_that_looks_at_them():
         names = [variant.name for variant in offered]
         for place, variant in enumerate(offered):
             assert set(variant.after) <= set(names[:place]), variant.name
+
+
+def workshop(model, images, runs, **limits):
+    def run(function, count, *args):
+        runs.append(count)
+        options = {"device": "cpu", "backend": None, "limit_seconds": limits["limit_seconds"]}
+        return launch.run(function, count, *args, **options)
+
+    limits = {"limit_bytes": 2**30, "limit_seconds": 60.0} | limits
+    return Workshop(run, model.eval(), images, 1, **limits)
+
+
+def test_as_many_are_made_at_a_time_as_there_are_cores_and_memory_for(model, images, monkeypatch):
+    monkeypatch.setattr(host, "usable_cores", lambda: 2)
+    monkeypatch.setattr(host, "usable_memory_bytes", lambda: 2**31)
+    runs, script = [], Variant("script", "script", exact=True)
+    waiting = {"first": script, "raises": FAULTS[2], "third": script}
+    three = workshop(model, images, runs)
+    first = three.take(waiting)
+    assert first.reason is None
+    assert artefacts.load(first.folder)(images).shape == (len(images), 10)
+    waiting.pop("first")
+    assert "no_such_layer" in three.take(waiting).reason, "the one that is refused spoils no other"
+    waiting.pop("raises")
+    assert artefacts.read(three.take(waiting).folder).threads == 1
+    assert runs == [2, 1], "two together, then the last one"
+    assert len({made.folder for made in three.made.values()}) == 3
+    assert workshop(model, images, [], limit_bytes=2**31).at_once == 1, "there is no memory for two"
+    on_gpu = type("Inputs", (), {"is_cpu": False})
+    assert workshop(model, on_gpu, []).at_once == 1, "they would share it"
+
+
+def test_where_one_ends_its_process_the_others_are_made_alone(model, images, monkeypatch):
+    monkeypatch.setattr(host, "usable_cores", lambda: 2)
+    runs, script = [], Variant("script", "script", exact=True)
+    place = workshop(model, images, runs, limit_seconds=8.0)
+    assert "ended" in place.take({"crashes": FAULTS[0], "script": script}).reason
+    assert place.take({"script": script}).reason is None
+    assert runs == [2, 1, 1]
+    assert "longer than 8 s" in place.take({"hangs": FAULTS[1], "again": script}).reason
+    assert place.take({"again": script}).reason is None
 
 
 def test_the_profile_saves_the_search_a_compilation():

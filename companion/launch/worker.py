@@ -106,10 +106,15 @@ def _explain(error: BaseException, cells: dict) -> tuple[str, str, str, bool]:
     text = "".join(traceback.format_exception(type(error), error, trace))
     for filename, (name, _) in cells.items():
         text = text.replace(f'File "{filename}"', name)
+    what = reason(error)
+    return what, text, _place(traceback.extract_tb(trace), cells), bool(_ECHO.search(what))
+
+
+def reason(error: BaseException) -> str:
+    """The error in a line, with its notes."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
-    reason = f"{type(error).__name__}: {_said(error)}".rstrip(": ") + notes
-    reason += _ADVICE if _OF_A_CELL.search(reason) else ""
-    return reason, text, _place(traceback.extract_tb(trace), cells), bool(_ECHO.search(reason))
+    what = f"{type(error).__name__}: {_said(error)}".rstrip(": ") + notes
+    return what + (_ADVICE if _OF_A_CELL.search(what) else "")
 
 
 def _said(error: BaseException) -> str:
