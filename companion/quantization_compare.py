@@ -169,8 +169,8 @@ def compare(
     if unknown := set(names or ()) - set(there):
         raise ValueError(f"unknown variants {sorted(unknown)}: use some of {', '.join(there)}")
     wanted = [name for name in there if names is None or name == FLOAT or name in names]
-    if any("compiled" in name for name in wanted):
-        launch.warm("companion.compiler")
+    needs_compiler = any("compiled" in name for name in wanted)
+    launch.warm(__name__, *(["companion.compiler"] if needs_compiler else []))
     for name in wanted:
         try:
             given = (name, own.get(name), model, inputs, evaluate, tuple(batch_sizes), rounds)

@@ -114,7 +114,7 @@ ON_CPU = (
         "compiled, int8 PT2E",
         "program",
         pt2e.exported,
-        after=("int8 static", "int8 static, traced"),
+        after=("int8 static", "int8 static, traced", "int8 dynamic", "ONNX Runtime, int8"),
     ),
     Variant(
         "compiled, int8 torchao",
