@@ -1,6 +1,5 @@
 """How long it takes: ways in turn, medians with their spread, verdicts, doubt where the machine was busy."""
 
-import math
 import os
 import statistics
 import time
@@ -68,11 +67,15 @@ def _cut(count: int) -> int:
     """How many of `count` ordered values may be left out at either end for 90 % confidence in what is
     left.
     """
-    cut, outside = 0, 2 * 0.5**count
-    while outside + 2 * math.comb(count, cut + 1) * 0.5**count <= 0.1:
+    # In whole numbers, of 2**count equally likely cases: a timer gives thousands of values now and then, and
+    # such numbers do not fit into a float.
+    cut, ways, outside, allowed = 0, 1, 2, 2**count // 10
+    while True:
+        ways = ways * (count - cut) // (cut + 1)  # in which cut + 1 of them lie below the median
+        outside += 2 * ways
+        if outside > allowed:
+            return cut
         cut += 1
-        outside += 2 * math.comb(count, cut) * 0.5**count
-    return cut
 
 
 def verdict(ratio: Spread) -> str:

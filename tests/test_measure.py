@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -49,6 +50,14 @@ def test_a_spread_holds_the_median_in_at_least_nine_of_ten_cases():
     assert (few.median, few.low, few.high, few.runs) == (2.0, 1.0, 3.0, 3)
     with pytest.raises(ValueError, match="no value"):
         measure.Spread.of([])
+
+
+def test_a_spread_of_thousands_of_values():
+    for count, normal in ((9, None), (100, None), (2_000, 963), (20_000, 9_883)):
+        cut = measure._cut(count)
+        outside = 2 * sum(math.comb(count, k) for k in range(cut + 1))
+        assert 10 * outside <= 2**count < 10 * (outside + 2 * math.comb(count, cut + 1)), count
+        assert normal is None or abs(cut - normal) <= 1, "(n - 1.645 sqrt(n)) / 2"
 
 
 def test_a_spread_shows_its_range():
