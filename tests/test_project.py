@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -123,6 +124,13 @@ def test_binder_names_the_same_stack_for_cpu():
     assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(python)
 
 
+def test_what_binder_starts_gives_memory_back(tmp_path):
+    says = "import os, sys; print(os.environ['MALLOC_ARENA_MAX'], sys.argv[1])"
+    command = [ROOT / "binder/start", sys.executable, "-c", says, "of two words"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout == "2 of two words\n"
+
+
 def test_repo2docker_understands_binder(tmp_path, python):
     shutil.copytree(ROOT / "binder", tmp_path / "binder")
     for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
@@ -135,6 +143,7 @@ def test_repo2docker_understands_binder(tmp_path, python):
     copied, installed = dockerfile.rfind("COPY --chown"), dockerfile.find("pip install --no-cache-dir -r")
     assert installed > 0, "Binder would not install binder/requirements.txt"
     assert "binder/requirements.txt" in dockerfile
+    assert "binder/start" in dockerfile
     assert dockerfile.find("src/ ${REPO_DIR}") < installed, (
         "the package would be installed before it is copied"
     )
