@@ -57,9 +57,10 @@ def search(
     at all `batch_sizes` together, by the geometric mean. `threads`: None tries one and all cores.
 
     No new variant is begun after `seconds`; each may take `limit_seconds` and, on Linux, `limit_bytes` of
-    memory (None: half of the machine's). `names` are those to try, None is all. What is far behind, all batch
-    sizes together, is dropped early; with `early=False` nothing is. Ctrl-C ends the search; what is known by
-    then is given.
+    memory (None: half of the machine's). `names` are those to try, None is all. On a CPU variants are made as
+    many at a time as there are cores and memory for, and always measured one at a time. What is far behind,
+    all batch sizes together, is dropped early; with `early=False` nothing is. Ctrl-C ends the search; what is
+    known by then is given.
 
     Raises ValueError or TypeError, before anything is tried, for arguments that cannot work, and where the
     model as it is cannot be called or evaluated.
