@@ -29,7 +29,7 @@ from companion.variants import Variant
 FINALISTS = 3
 ROUNDS = 15
 RATIOS = (0.3, 0.5)  # of the channels, taken out where there is a `fine_tune`
-SECONDS = {True: 1.0, False: 2.0}  # for which a variant is timed, about, with `early` and without
+SECONDS = 1.0  # for which a variant is timed, about; twice as long where nothing is dropped early
 FINAL_SECONDS = 6.0  # for each that leads
 
 
@@ -195,7 +195,8 @@ class _Search:
             self._note(Row(name, reason=made.reason, seconds=made.seconds))
             return
         lead = self.lead if self.early else replace(self.lead, score=0.0)
-        given = (self.model, self.inputs, self.evaluate, lead, ROUNDS, SECONDS[self.early])
+        seconds = SECONDS if self.early else 2 * SECONDS
+        given = (self.model, self.inputs, self.evaluate, lead, ROUNDS, seconds)
         start = time.perf_counter()
         try:
             limit = self.limits["limit_bytes"]
