@@ -23,7 +23,7 @@ from companion.ledger import Outcome as Outcome
 # What a lesson's first cell tells: minutes, and GiB of memory.
 NEEDS = re.compile(r"\*\*Needs\*\* about ([\d.]+) minutes and ([\d.]+) GiB on a 2-core CPU")
 SAVE_SECONDS = 5.0  # at least, between two copies on disk of a notebook that runs
-_NO_KERNEL = "Kernel didn't respond"  # what is said of one that has not come up
+_NO_KERNEL = ("Kernel didn't respond", "Kernel died before replying")  # said of one that never came up
 
 
 def run(
@@ -184,8 +184,8 @@ def _through_papermill(job: Job, extra: dict, output: Path, cell_seconds: int, b
         return None
 
     error = once()
-    # Two kernels that start at once may have chosen the same port.
-    return once() if error and _NO_KERNEL in error else error
+    # Another process may have taken one of its ports, between their choice and its start.
+    return once() if error and any(said in error for said in _NO_KERNEL) else error
 
 
 def _translator() -> type:

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from itertools import pairwise
@@ -437,6 +438,22 @@ def test_a_kernel_that_does_not_come_up_is_started_once_more(notebooks, tmp_path
     failures += ["no memory"]
     error = runner.execute(runner.Job(notebooks / "00_works.ipynb"), tmp_path).error
     assert error == "RuntimeError: no memory"
+
+
+def test_a_kernel_whose_port_another_process_took_is_started_once_more(notebooks, tmp_path, monkeypatch):
+    from jupyter_client.connect import LocalPortCache
+
+    choose, asked = LocalPortCache.find_available_port, []
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def first_taken(cache, ip):
+            asked.append(ip)
+            return other.getsockname()[1] if len(asked) == 1 else choose(cache, ip)
+
+        monkeypatch.setattr(LocalPortCache, "find_available_port", first_taken)
+        job = runner.Job(notebooks / "00_works.ipynb")
+        assert runner.execute(job, tmp_path).error is None
+    assert "Address already in use" in (tmp_path / "00_works.log").read_text()
 
 
 def test_values_arrive_in_the_notebook_as_they_are(typed, tmp_path):
