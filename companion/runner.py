@@ -184,8 +184,14 @@ def _through_papermill(job: Job, extra: dict, output: Path, cell_seconds: int, b
         return None
 
     error = once()
-    # Another process may have taken one of its ports, between their choice and its start.
-    return once() if error and any(said in error for said in _NO_KERNEL) else error
+    return once() if never_came_up(error) else error
+
+
+def never_came_up(error: str | None) -> bool:
+    """Whether this error says that a kernel did not start: another process may have taken one of its ports
+    between their choice and its start, so it is worth a second try.
+    """
+    return error is not None and any(said in error for said in _NO_KERNEL)
 
 
 def _translator() -> type:

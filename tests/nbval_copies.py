@@ -106,7 +106,12 @@ def _note_time(file, kind: str) -> None:
 
     def timed_set_up() -> None:
         begun.append(time.perf_counter())
-        set_up()
+        try:
+            set_up()
+        except RuntimeError as error:
+            if not runner.never_came_up(str(error)):
+                raise
+            set_up()
 
     def timed_tear_down() -> None:
         used = (
