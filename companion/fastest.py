@@ -218,7 +218,7 @@ class _Search:
             return f"not tried: {shares} of the time is in products, which it makes hardly faster"
         known = [name for name in variant.after if name in self.hopeless or self._speed_up(name)]
         if not known or not all(
-            name in self.hopeless or self.lead.beyond(self._speed_up(name)) for name in known
+            name in self.hopeless or self.lead.beyond_kin(self._speed_up(name)) for name in known
         ):
             return None
         self.hopeless.add(variant.name)

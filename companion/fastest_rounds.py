@@ -17,7 +17,7 @@ from companion.measure import Spread
 Evaluate = Callable[[nn.Module], float]
 AGREE = 1e-3  # how far exact variants may be apart, as a share of the largest answer
 GLANCE = 3  # rounds after which a loser is dropped
-BEHIND = 0.8  # of the best so far: who is slower, all batch sizes together, is a loser
+BEHIND = 0.95  # of the best so far: who is slower, all batch sizes together, is a loser
 HOPE = 1.25  # times the best known: so fast it may still be at a batch size that was not looked at
 PRODUCTS = ("conv", "mm", "linear", "rnn", "lstm", "gru", "attention")  # in the names of such operators
 FUSED = 2.0  # times faster may products become when a model is compiled, by other layouts and kernels
@@ -68,6 +68,10 @@ class Lead:
     def beyond(self, gains: dict[int, Spread]) -> bool:
         """Whether with these speed-ups, at some or all batch sizes, the lead is out of reach."""
         return self.far([gains[n].high if n in gains else HOPE * best for n, best in self.gains.items()])
+
+    def beyond_kin(self, gains: dict[int, Spread]) -> bool:
+        """Whether it is out of reach for what is expected to be about as fast as one with these speed-ups."""
+        return self.far([gains[n].median if n in gains else HOPE * best for n, best in self.gains.items()])
 
     def beyond_fusing(self, products: dict[int, float]) -> bool:
         """Whether it is out of reach for what makes products hardly faster, with these shares of the time."""

@@ -175,23 +175,33 @@ def resources() -> dict[str, float]:
 def afford(cpus: float, gpus: float) -> None:
     """Raises ValueError if no node has so many CPUs and GPUs: what asks for them would wait for ever."""
     if imported().is_initialized():
-        nodes = [node["Resources"] for node in imported().nodes() if node["Alive"]]
+        nodes = _nodes()
     else:
         nodes = [{"CPU": host.usable_cores(), "GPU": torch.cuda.device_count()}]
-    for name, wanted in (("CPU", cpus), ("GPU", gpus)):
+    wanted = {"CPU": cpus, "GPU": gpus}
+    for name, amount in wanted.items():
         most = max(node.get(name, 0) for node in nodes)
-        if wanted > most:
+        if amount > most:
             raise ValueError(
-                f"{name.lower()}s={wanted:g} for each trial, but no node of this Ray has more than {most:g}: "
+                f"{name.lower()}s={amount:g} for each trial, but no node of this Ray has more than {most:g}: "
                 "Ray would wait for ever"
             )
+    if not any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+        raise ValueError(
+            f"cpus={cpus:g} and gpus={gpus:g} for each trial: nodes of this Ray have so many of each, but no "
+            "node has both: Ray would wait for ever"
+        )
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node of the running Ray has."""
+    return [node["Resources"] for node in imported().nodes() if node["Alive"]]
 
 
 def at_once(cpus: float, gpus: float) -> int:
     """How many trials that take so many CPUs and GPUs each the nodes of the running Ray can hold."""
     wanted = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
-    nodes = [node["Resources"] for node in imported().nodes() if node["Alive"]]
-    fitting = [min(node.get(name, 0) / amount for name, amount in wanted.items()) for node in nodes]
+    fitting = [min(node.get(name, 0) / amount for name, amount in wanted.items()) for node in _nodes()]
     return sum(math.floor(trials + 1e-9) for trials in fitting)  # 1 / 0.1 trials are ten
 
 

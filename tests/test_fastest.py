@@ -181,10 +181,31 @@ def test_a_lead_counts_all_batch_sizes_together():
         return {int(size[1:]): measure.Spread(h - 0.1, h - 0.2, h, 9) for size, h in high.items()}
 
     lead = Lead(3.0, {1: 4.0, 8: 2.5})
-    assert not lead.beyond(gains(b1=1.5, b8=4.0)), "slow at one, fast at the other"
-    assert lead.beyond(gains(b1=1.5, b8=3.0))
-    assert not lead.beyond(gains(b1=2.0)), "it may be faster than all others at the one that is left"
-    assert lead.beyond(gains(b1=1.5))
+    assert not lead.beyond(gains(b1=2.1, b8=4.0)), "slow at one, fast at the other"
+    assert lead.beyond(gains(b1=2.1, b8=3.0))
+    assert not lead.beyond(gains(b1=2.7)), "it may be faster than all others at the one that is left"
+    assert lead.beyond(gains(b1=2.1))
+
+
+def test_what_is_slow_to_make_is_judged_by_the_quick_ones_of_its_kind(model, images, accuracy):
+    def row(name, median, high):
+        return Row(name, 1, 1.0, {}, {8: measure.Spread(median, median - 0.1, high, 9)})
+
+    one = fastest._Search(model, images, accuracy, 0.01, (8,), (1,), {}, True, False)
+    slow = Variant("slow", "program", after=("quick", "other"))
+    plain = fastest_rounds.Plain((1.0, 1.0), 1, {}, 1, {})
+    one.lead = Lead(4.0, {8: 4.1})
+    assert one._hopeless(slow, plain) is None, "none of them is known"
+    one.rows["quick"] = row("quick", 3.7, 3.9)
+    assert not one.lead.beyond(one.rows["quick"].speed_up), "which is measured further itself"
+    assert "out of reach for quick" in one._hopeless(slow, plain)
+    one.rows["other"] = row("other", 3.9, 3.9)
+    assert one._hopeless(slow, plain) is None, "one of them is near"
+    one.rows["other"] = Row("other", reason="it cannot be exported")
+    assert "out of reach for quick" in one._hopeless(slow, plain)
+    assert "slow" in one.hopeless, "so it is as slow for those that come after it"
+    one.early = False
+    assert one._hopeless(slow, plain) is None
 
 
 @pytest.mark.parametrize(
@@ -274,8 +295,8 @@ def test_the_profile_saves_the_search_a_compilation():
     given = (wide, torch.randn(64, 512), lambda net: 1.0, (64,), (1,), 3)
     shares = fastest_rounds.plain(*given).products
     assert 0.5 < shares[64] <= 1, "nearly all of it is two products"
-    assert Lead(3.0 / 0.8, {64: 3.0}).beyond_fusing({64: 0.9})
-    assert not Lead(2.0 / 0.8, {64: 2.0}).beyond_fusing({64: 0.9}), "it may become 2.2 times as fast"
+    assert Lead(3.0 / fastest_rounds.BEHIND, {64: 3.0}).beyond_fusing({64: 0.9})
+    assert not Lead(2.0 / fastest_rounds.BEHIND, {64: 2.0}).beyond_fusing({64: 0.9}), "it may gain 2.2"
     assert not Lead(9.0, {64: 9.0}).beyond_fusing({}), "nothing is known, on a GPU"
 
 

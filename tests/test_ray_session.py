@@ -124,6 +124,17 @@ def test_what_a_trial_asks_for_must_be_on_one_node(ray):
         ray_session.afford(cpus=1, gpus=0.5)
 
 
+def test_what_a_trial_asks_for_must_be_together_on_one_node(ray, monkeypatch):
+    nodes = [{"CPU": 8.0}, {"CPU": 1.0, "GPU": 2.0}]
+    monkeypatch.setattr(ray_session, "_nodes", lambda: nodes)
+    ray_session.afford(cpus=1, gpus=2)
+    ray_session.afford(cpus=8, gpus=0)
+    with pytest.raises(ValueError, match=r"cpus=4 and gpus=1 for each trial: .* no node has both"):
+        ray_session.afford(cpus=4, gpus=1)
+    assert ray_session.at_once(1, 1) == 1
+    assert ray_session.at_once(1, 0) == 9
+
+
 def test_it_is_started_once(ray):
     with pytest.raises(RuntimeError, match="already runs"):
         ray_session.start()
