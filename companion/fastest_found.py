@@ -1,11 +1,11 @@
 """What a search for the fastest variant has found: rows, a table, a figure, a report, and the winner."""
 
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import geometric_mean
 
 from matplotlib.figure import Figure
 
@@ -43,8 +43,7 @@ class Row:
     @property
     def score(self) -> float:
         """The lower ends of its speed-ups together, as a geometric mean."""
-        lows = [spread.low for spread in self.speed_up.values()]
-        return math.prod(lows) ** (1 / len(lows))
+        return geometric_mean(spread.low for spread in self.speed_up.values())
 
     def __str__(self) -> str:
         if self.reason:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 
 import psutil
 import torch
@@ -60,10 +61,18 @@ class Measured:
 
 @dataclass
 class Lead:
-    """What is to be beaten: the best score, and the highest speed-up known at each batch size."""
+    """What is to be beaten: the best score, the highest speed-up known at each batch size, and the best
+    speed-up that is expected, all batch sizes together: by the medians, where the score takes the lower ends.
+    """
 
     score: float
     gains: dict[int, float]
+    expected: float = 0.0
+
+    def take(self, gains: dict[int, Spread]) -> None:
+        """Has what gained so much lead, where it is faster."""
+        self.score = max(self.score, geometric_mean(gain.low for gain in gains.values()))
+        self.expected = max(self.expected, geometric_mean(gain.median for gain in gains.values()))
 
     def beyond(self, gains: dict[int, Spread]) -> bool:
         """Whether with these speed-ups, at some or all batch sizes, the lead is out of reach."""
@@ -71,14 +80,15 @@ class Lead:
 
     def beyond_kin(self, gains: dict[int, Spread]) -> bool:
         """Whether it is out of reach for what is expected to be about as fast as one with these speed-ups."""
-        return self.far([gains[n].median if n in gains else HOPE * best for n, best in self.gains.items()])
+        hoped = [gains[n].median if n in gains else HOPE * best for n, best in self.gains.items()]
+        return geometric_mean(hoped) < BEHIND * self.expected
 
     def beyond_fusing(self, products: dict[int, float]) -> bool:
         """Whether it is out of reach for what makes products hardly faster, with these shares of the time."""
         return bool(products) and self.far([FUSED / share for share in products.values()])
 
     def far(self, hoped: Sequence[float]) -> bool:
-        return math.prod(hoped) ** (1 / len(hoped)) < BEHIND * self.score
+        return geometric_mean(hoped) < BEHIND * self.score
 
 
 class Chunked(nn.Module):

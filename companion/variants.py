@@ -85,6 +85,11 @@ def _autocast(dtype: torch.dtype) -> Change:
     return lambda model, data: Autocast(model, dtype, data[0].device.type)
 
 
+def _static(model: nn.Module, data: list[torch.Tensor]) -> nn.Module:
+    quantization.static(model, [data[0][:2]])  # a model that has no integer version is refused at once
+    return quantization.static(model, data)
+
+
 BF16, FP16, LAST = ("AVX512-BF16", "AMX-BF16", "BF16"), ("AVX512-FP16", "AMX-FP16"), torch.channels_last
 # In the order in which they are tried: first what leads most often, beside which others are soon dropped.
 ON_CPU = (
@@ -99,7 +104,7 @@ ON_CPU = (
     Variant("ONNX Runtime", "onnx", exact=True),
     Variant("ONNX Runtime, int8", "onnx", precision="int8"),
     Variant("script, channels_last", "script", _last, exact=True, takes="images"),
-    Variant("int8 static", "script", quantization.static, takes="floats"),
+    Variant("int8 static", "script", _static, takes="floats"),
     Variant("bfloat16 autocast", "script", _autocast(torch.bfloat16), needs=BF16),
     Variant("float16", "script", _cast(torch.float16), needs=FP16),
     Variant("compiled", "program", exact=True, fuses=True),

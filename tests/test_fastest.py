@@ -194,12 +194,12 @@ def test_what_is_slow_to_make_is_judged_by_the_quick_ones_of_its_kind(model, ima
     one = fastest._Search(model, images, accuracy, 0.01, (8,), (1,), {}, True, False)
     slow = Variant("slow", "program", after=("quick", "other"))
     plain = fastest_rounds.Plain((1.0, 1.0), 1, {}, 1, {})
-    one.lead = Lead(4.0, {8: 4.1})
+    one.lead.take({8: measure.Spread(4.1, 3.6, 4.3, 9)})
     assert one._hopeless(slow, plain) is None, "none of them is known"
     one.rows["quick"] = row("quick", 3.7, 3.9)
     assert not one.lead.beyond(one.rows["quick"].speed_up), "which is measured further itself"
     assert "out of reach for quick" in one._hopeless(slow, plain)
-    one.rows["other"] = row("other", 3.9, 3.9)
+    one.rows["other"] = row("other", 4.0, 4.0)
     assert one._hopeless(slow, plain) is None, "one of them is near"
     one.rows["other"] = Row("other", reason="it cannot be exported")
     assert "out of reach for quick" in one._hopeless(slow, plain)
