@@ -238,14 +238,14 @@ def _is_rays(process: psutil.Process) -> bool:
 def careful() -> Iterator[None]:
     """Keeps Ray from printing its own tables, and of failures what the caller reports.
 
-    It also notes the state of a search every two seconds, so that little is lost where it is interrupted.
+    It also notes the state of a search every second, so that little is lost where it is interrupted.
     """
     logger = logging.getLogger("ray.tune")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         with (
-            mock.patch.dict(os.environ, RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="2"),
+            mock.patch.dict(os.environ, RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="1"),
             mock.patch("ray._private.worker.print_to_stdstream"),  # of workers that died
             warnings.catch_warnings(),
         ):
