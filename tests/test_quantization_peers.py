@@ -3,6 +3,7 @@
 import builtins
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -48,6 +49,17 @@ def test_sequences_in_batches_of_any_size(make, model):
     exported = make(model.eval(), [x], int8=False)
     for size in (1, 2, 9):
         assert torch.allclose(exported(x[:size]), model(x[:size]), atol=1e-5)
+
+
+def test_between_two_calls_no_thread_waits_busily(trained_lenet, calibration, tmp_path):
+    session = peers.onnx_session(peers.onnx_file(trained_lenet, calibration, tmp_path, int8=False), 2)
+    spent = []
+    for _ in range(3):
+        session(calibration[0])
+        before = time.process_time()
+        time.sleep(0.2)
+        spent.append(time.process_time() - before)
+    assert min(spent) < 0.01, "what is measured beside it would have one core less"
 
 
 def test_nobody_is_told_of_the_use(trained_lenet, calibration):
