@@ -58,9 +58,9 @@ def search(
 
     No new variant is begun after `seconds`; each may take `limit_seconds` and, on Linux, `limit_bytes` of
     memory (None: half of the machine's). `names` are those to try, None is all. On a CPU variants are made as
-    many at a time as there are cores and memory for, and always measured one at a time. What is far behind,
-    all batch sizes together, is dropped early; with `early=False` nothing is. Ctrl-C ends the search; what is
-    known by then is given.
+    many at a time as there are cores and memory for, and always measured one at a time. What is clearly
+    behind, all batch sizes together, is dropped early; with `early=False` nothing is. Ctrl-C ends the search;
+    what is known by then is given.
 
     Raises ValueError or TypeError, before anything is tried, for arguments that cannot work, and where the
     model as it is cannot be called or evaluated.
@@ -209,7 +209,7 @@ class _Search:
         self._measured(name, made.folder, found, plain, made.seconds + time.perf_counter() - start)
 
     def _hopeless(self, variant: Variant, plain: Plain) -> str | None:
-        """Why it need not be tried: the profile says so, or the quicker ones of its kind, far behind all."""
+        """Why it need not be tried: the profile says so, or the quicker ones of its kind, all behind."""
         if not self.early:
             return None
         if variant.fuses and self.lead.beyond_fusing(plain.products):

@@ -22,7 +22,7 @@ class Variant:
 
     `exact`: the same arithmetic in another order, so its answers must agree with the model's. `needs` names
     the instruction sets of which one must be there, `takes` the inputs: "images" of four dimensions, "floats"
-    or "any". `after` names quicker ones of its kind: where all of them are far behind, it need not be tried.
+    or "any". `after` names quicker ones of its kind: where all are behind the lead, it need not be tried.
     `fuses`: what it saves lies between the products of matrices, which it leaves nearly as they are.
     """
 
